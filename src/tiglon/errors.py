@@ -1,0 +1,85 @@
+"""Every error that Tiglon raises on purpose.
+
+    TiglonError
+    ├── DataError (ValueError)            a table breaks a rule
+    │   ├── SchemaError                   a column is missing or holds the wrong type
+    │   └── LeakageError                  the future is visible where only the past may be
+    ├── ConfigError (ValueError)          an option is unknown or out of its range
+    ├── UnknownIdError (KeyError)         a user or an item that was never seen
+    ├── CapacityError (RuntimeError)      a semantic-ID space is full
+    ├── BundleError (RuntimeError)        a bundle cannot be read
+    │   ├── BundleDamagedError            a file is missing or its checksum differs
+    │   └── BundleVersionError            a newer Tiglon wrote it
+    ├── StorageError (OSError)            the disk refused; nothing half-written is left
+    └── MissingExtraError (ImportError)   an optional dependency is not installed
+
+A message has up to three sentences: what was given, the rule it breaks, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TiglonError(Exception):
+    """Base of the tree. `given` says what came in, `rule` what is required, `fix` what to do next."""
+
+    def __init__(self, given: str, *, rule: str = "", fix: str = "") -> None:
+        self.given, self.rule, self.fix = given, rule, fix
+        super().__init__(given)
+
+    def __str__(self) -> str:
+        parts = [self.given, self.rule, self.fix]
+        return " ".join(part.rstrip(".") + "." for part in parts if part)
+
+
+class DataError(TiglonError, ValueError):
+    """A table breaks a rule."""
+
+
+class SchemaError(DataError):
+    """A column is missing or holds the wrong type."""
+
+
+class LeakageError(DataError):
+    """The future is visible where only the past may be."""
+
+
+class ConfigError(TiglonError, ValueError):
+    """An option is unknown or out of its range."""
+
+
+class UnknownIdError(TiglonError, KeyError):
+    """A user or an item that was never seen."""
+
+
+class CapacityError(TiglonError, RuntimeError):
+    """A semantic-ID space is full."""
+
+
+class BundleError(TiglonError, RuntimeError):
+    """A bundle cannot be read."""
+
+
+class BundleDamagedError(BundleError):
+    """A file of a bundle is missing or its checksum differs."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle was written by a newer Tiglon."""
+
+
+class StorageError(TiglonError, OSError):
+    """The disk refused a write; nothing half-written is left behind."""
+
+
+class MissingExtraError(TiglonError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A `fix` sentence: the closest known word, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}"

@@ -1,0 +1,67 @@
+"""What every retriever is: histories in, candidates out; and, for people, raw ids in and raw ids out."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import ConfigError
+from tiglon.types import MISSING, Candidates, Histories, Vocabulary
+
+
+class Retriever(abc.ABC):
+    """Finds a few hundred items for each user.
+
+    A fitted retriever has `items`, the catalogue's vocabulary; with `log`, the stored histories,
+    it also answers for users by their raw ids.
+    """
+
+    name: str
+    items: Vocabulary
+    log: HistoryStore | None = None
+
+    @abc.abstractmethod
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        """The k best items for each history, best first; fewer where the catalogue has fewer.
+
+        Pass whole histories: a retriever keeps as much of them as it reads. With `exclude_seen`
+        no item of a user's own history is returned.
+        """
+
+    def recommend(
+        self,
+        users: Sequence[Any] | None = None,
+        k: int = 10,
+        history: Sequence[Sequence[Any]] | None = None,
+        exclude_seen: bool = True,
+    ) -> list[list[tuple[Any, float]]]:
+        """(raw item id, score) lists, best first, for known users or for given histories.
+
+        users: raw user ids, whose stored histories are read.
+        history: instead of or beside `users`, one list of raw item ids a user, oldest first; unknown
+            items are skipped.
+        Raises UnknownIdError for a user that the log does not have, ConfigError for a bad k.
+        """
+        require_k(k)
+        if history is not None:
+            dense = [self.items.encode(items) for items in history]
+            histories = Histories.of([items[items != MISSING] for items in dense])
+        elif self.log is not None and users is not None:
+            histories = self.log.before(self.log.users.require(users, "user"))
+        else:
+            raise ConfigError("neither a stored log nor a history", fix="Pass history=[[item ids], …]")
+        found = self.retrieve(histories, k, exclude_seen=exclude_seen)
+        return [
+            [(item, float(s)) for item, s in zip(self.items.decode(row[row != MISSING]), score, strict=False)]
+            for row, score in zip(found.item, found.score, strict=True)
+        ]
+
+
+def require_k(k: int) -> None:
+    """Raise ConfigError unless k is a positive number of candidates."""
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ConfigError(f"k of {k!r}", rule="k is a whole number of at least 1")

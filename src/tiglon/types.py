@@ -1,0 +1,294 @@
+"""The few objects that cross borders: validated once when made, trusted afterwards.
+
+Raw ids (what the user's tables hold: integers or strings) live in a `Vocabulary`; everything else
+speaks dense ids, 0 … n−1. Dense ids are names, never numbers: nothing may be derived from their order.
+
+Letters: E events, B users in a batch, L history, N items, D width, S code positions, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiglon.errors import DataError, LeakageError, UnknownIdError
+
+MISSING = -1  # a dense id that is not there: an unknown item, or a candidate list shorter than K
+
+
+class Vocabulary:
+    """Raw ids to dense ids and back; the raw type (int64 or string) is kept.
+
+    Raises DataError on null or repeated ids.
+    """
+
+    def __init__(self, raw: pa.Array | pl.Series | Sequence[Any]) -> None:
+        array = raw.to_arrow() if isinstance(raw, pl.Series) else pa.array(raw)
+        if isinstance(array, pa.ChunkedArray):
+            array = array.combine_chunks()
+        if pa.types.is_integer(array.type):
+            array = array.cast(pa.int64())
+        elif len(array) == 0 or pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+            array = array.cast(pa.large_string())
+        else:
+            raise DataError(f"ids of type {array.type}", rule="Ids are integers or strings")
+        if array.null_count:
+            raise DataError(f"{array.null_count} null ids", rule="An id is never null")
+        if len(pc.unique(array)) != len(array):
+            raise DataError(f"{len(array)} ids of which some repeat", rule="A vocabulary lists each id once")
+        self.raw = array
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} ids of {self.raw.type})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.raw.equals(other.raw)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def encode(self, raw: pa.Array | pl.Series | Sequence[Any]) -> np.ndarray:
+        """Dense ids (n,) int64 of raw ids; MISSING where one is unknown or of another type."""
+        array = raw.to_arrow() if isinstance(raw, pl.Series) else raw
+        if not isinstance(array, (pa.Array, pa.ChunkedArray)):
+            # A list from a user may mix types; only those of the vocabulary's own type can match.
+            kind = int if pa.types.is_integer(self.raw.type) else str
+            array = pa.array([_plain(value, kind) for value in array], type=self.raw.type, from_pandas=True)
+        try:
+            array = array.cast(self.raw.type)
+        except pa.ArrowInvalid:
+            return np.full(len(array), MISSING, dtype=np.int64)
+        found = pc.fill_null(pc.index_in(array, value_set=self.raw), MISSING)
+        return found.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def require(self, raw: Sequence[Any], kind: str) -> np.ndarray:
+        """`encode`, or UnknownIdError naming the first unknown ids. `kind` is "user" or "item"."""
+        dense = self.encode(raw)
+        if (dense == MISSING).any():
+            unknown = [value for value, index in zip(raw, dense, strict=True) if index == MISSING][:3]
+            raise UnknownIdError(
+                f"unknown {kind} {', '.join(map(repr, unknown))}",
+                rule=f"There are {len(self)} known {kind}s, with ids of type {self.raw.type}",
+                fix=f"Pass an id from the log, such as {self.raw[0].as_py()!r}" if len(self) else "",
+            )
+        return dense
+
+    def decode(self, dense: np.ndarray | Sequence[int]) -> list[Any]:
+        """Raw ids of dense ids (n,); None where MISSING."""
+        dense = np.asarray(dense, dtype=np.int64)
+        if dense.size and (dense.min() < MISSING or dense.max() >= len(self)):
+            raise DataError(f"a dense id outside 0 … {len(self) - 1}")
+        return self.raw.take(pa.array(dense, mask=dense == MISSING)).to_pylist()
+
+
+def _plain(value: Any, kind: type) -> Any:
+    """`value` where it is of the vocabulary's kind (numpy scalars too), else None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value if -(2**63) <= value < 2**63 else None
+    return value if kind is str and isinstance(value, str) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """A click log, sorted by (user, time); rows at equal times keep the order of the source.
+
+    user, item: (E,) int32 dense ids.   time: (E,) int64, any unit that grows.
+    extra: E rows of every other column (event, label_*, price, quantity …).
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    users: Vocabulary
+    items: Vocabulary
+    extra: pl.DataFrame = field(default_factory=pl.DataFrame)
+
+    def __post_init__(self) -> None:
+        if not len(self.user) == len(self.item) == len(self.time):
+            raise DataError("columns of different lengths")
+        if self.extra.width and self.extra.height != len(self.user):
+            raise DataError(f"extra columns of {self.extra.height} rows for {len(self.user)} events")
+        for name, dense, vocabulary in (("user", self.user, self.users), ("item", self.item, self.items)):
+            if dense.size and (dense.min() < 0 or dense.max() >= len(vocabulary)):
+                raise DataError(f"a dense {name} id outside its vocabulary of {len(vocabulary)}")
+        step_user, step_time = np.diff(self.user), np.diff(self.time)
+        if ((step_user < 0) | ((step_user == 0) & (step_time < 0))).any():
+            raise DataError("unsorted events", rule="Interactions are sorted by (user, time)")
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: np.ndarray) -> Interactions:
+        """The same log with only these rows: a bool mask (E,) or ascending row numbers."""
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        extra = self.extra[rows] if self.extra.width else self.extra
+        return Interactions(self.user[rows], self.item[rows], self.time[rows], self.users, self.items, extra)
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """The catalogue: row i of `table` is dense item i; its id column is `item_id`."""
+
+    vocabulary: Vocabulary
+    table: pl.DataFrame
+
+    def __post_init__(self) -> None:
+        if self.table.height != len(self.vocabulary):
+            raise DataError(f"{self.table.height} rows for {len(self.vocabulary)} item ids")
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """What B users did before a moment, oldest first, stored end to end without padding.
+
+    offsets: (B+1,) int64; user b owns rows offsets[b]:offsets[b+1].
+    item: (T,) int64 dense ids.   time: (T,) int64.   features: name → (T,) cross feature.
+    """
+
+    offsets: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.offsets[0] != 0 or self.offsets[-1] != len(self.item) or (np.diff(self.offsets) < 0).any():
+            raise DataError("offsets that do not run from 0 to the number of events without falling")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Each user's items, oldest first."""
+        return (self.item[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """(T,) which of the B users each event belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> Histories:
+        """From one list of dense items a user, oldest first; times are positions."""
+        lengths = np.array([len(items) for items in lists], dtype=np.int64)
+        item = (
+            np.concatenate([np.asarray(x, dtype=np.int64) for x in lists])
+            if len(lists)
+            else np.empty(0, np.int64)
+        )
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        time = np.arange(len(item)) - np.repeat(offsets[:-1], lengths)
+        return cls(offsets, item, time)
+
+    def last(self, n: int) -> Histories:
+        """Only the most recent n events of each user."""
+        keep = np.arange(len(self.item)) >= np.repeat(self.offsets[1:], self.lengths) - n
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(self.lengths, n))])
+        features = {name: value[keep] for name, value in self.features.items()}
+        return Histories(offsets, self.item[keep], self.time[keep], features)
+
+    def select(self, rows: slice) -> Histories:
+        """The users of a contiguous slice."""
+        start, stop, _ = rows.indices(len(self))
+        part = slice(self.offsets[start], self.offsets[stop])
+        features = {name: value[part] for name, value in self.features.items()}
+        return Histories(
+            self.offsets[start : stop + 1] - self.offsets[start], self.item[part], self.time[part], features
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """A ranked list of items for each of B users.
+
+    item: (B, K) int64 dense ids, best first, MISSING after the last one.
+    score: (B, K) float32, falling along a row, −inf where MISSING.   source: which retriever.
+    """
+
+    item: np.ndarray
+    score: np.ndarray
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.item.shape != self.score.shape or self.item.ndim != 2:
+            raise DataError(f"items of shape {self.item.shape} with scores of shape {self.score.shape}")
+        if np.isnan(self.score).any():
+            raise DataError("a candidate score that is NaN")
+        if (np.diff(self.score, axis=1) > 0).any():
+            raise DataError("candidate scores that rise", rule="Candidates come best first")
+        if not ((self.item == MISSING) == np.isneginf(self.score)).all():
+            raise DataError("a missing candidate with a score, or a candidate scored −inf")
+        ordered = np.sort(self.item, axis=1)
+        if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] != MISSING)).any():
+            raise DataError("a candidate listed twice for one user")
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What to predict for each of B users: the next items, given everything strictly before them.
+
+    user: (B,) dense ids.   histories: the past.   truth: what came next (one basket or one event;
+    its order means nothing). Raises LeakageError where a target is not later than its history.
+    """
+
+    user: np.ndarray
+    histories: Histories
+    truth: Histories
+
+    def __post_init__(self) -> None:
+        if not len(self.user) == len(self.histories) == len(self.truth):
+            raise DataError("users, histories and truths of different numbers")
+        last = np.full(len(self), np.iinfo(np.int64).min)
+        first = np.full(len(self), np.iinfo(np.int64).max)
+        np.maximum.at(last, self.histories.owner, self.histories.time)
+        np.minimum.at(first, self.truth.owner, self.truth.time)
+        late = np.flatnonzero(last >= first)
+        if late.size:
+            raise LeakageError(
+                f"{late.size} users whose history reaches the time of their target or past it",
+                rule="A history holds only events strictly before its target",
+                fix="Split with tiglon.data.split, which keeps the events of one moment together",
+            )
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def select(self, rows: slice) -> Targets:
+        """The users of a contiguous slice."""
+        return Targets(self.user[rows], self.histories.select(rows), self.truth.select(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class ItemVectors:
+    """One vector an item. values: (N, D) float32, finite.   encoder: what made them, with its version."""
+
+    values: np.ndarray
+    encoder: str
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.dtype != np.float32:
+            raise DataError(f"vectors of shape {self.values.shape} and type {self.values.dtype}")
+        if not np.isfinite(self.values).all():
+            bad = int((~np.isfinite(self.values).all(axis=1)).sum())
+            raise DataError(f"{bad} item vectors with NaN or infinite values", rule="Vectors are finite")
+
+    def __len__(self) -> int:
+        return len(self.values)
