@@ -1,0 +1,404 @@
+"""Tables to clean events: read, check, sort, remove duplicates, number the ids, k-core.
+
+The stated rules
+    ids         integers or strings, never floats (a float64 cannot hold every integer above 2^53).
+    times       whole numbers ≥ 0 in any unit that grows, kept as they are; datetimes and ISO 8601 strings
+                become microseconds since 1970 (UTC).
+    duplicates  of lines with the same user, item and time the first one stays.
+    order       by (user, time); lines at equal times keep the order of the source.
+    dense ids   follow the sorted raw ids, so the order of the input does not matter.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from tiglon.errors import ConfigError, DataError, SchemaError, did_you_mean
+from tiglon.types import MISSING, Interactions, Items, Vocabulary
+
+Table: TypeAlias = (
+    Any  # a path (.parquet, .csv, .jsonl, the last two also .gz), polars, pandas or Arrow table
+)
+
+_EXACT = 2.0**53  # the integers up to here are exact in a float64
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def read_table(source: Table) -> pl.DataFrame:
+    """Any table as a polars DataFrame.
+
+    A CSV column becomes Int64 only where every value reads back as it was written: "007" and integers
+    beyond 64 bits stay strings. Raises DataError for a file that is empty or unreadable, SchemaError for a
+    source that is no table.
+    """
+    if isinstance(source, (str, Path)):
+        frame = _read_file(Path(source))
+    elif isinstance(source, pl.DataFrame):
+        frame = source
+    elif isinstance(source, pl.LazyFrame):
+        frame = source.collect()
+    elif isinstance(source, (pa.Table, pa.RecordBatch)):
+        table = pa.Table.from_batches([source]) if isinstance(source, pa.RecordBatch) else source
+        frame = pl.DataFrame(pl.from_arrow(table))
+    elif type(source).__module__.split(".")[0] == "pandas":
+        frame = _from_pandas(source)
+    else:
+        raise SchemaError(
+            f"a table of type {type(source).__name__}",
+            rule="A table is a path to .parquet, .csv or .jsonl, or a polars, pandas or Arrow table",
+        )
+    if frame.width == 0:
+        raise DataError("a table without columns", fix="Check that this is the right file")
+    return frame
+
+
+def _read_file(path: Path) -> pl.DataFrame:
+    if not path.is_file():
+        raise DataError(f"no file at {path}", fix="Check the path")
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if kind not in ("parquet", "csv", "jsonl", "ndjson"):
+        raise SchemaError(
+            f"a file named {path.name}",
+            rule="Tables are .parquet, .csv[.gz] or .jsonl[.gz]",
+            fix="Convert it",
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"an empty file: {path}", rule="A table has at least a header")
+    try:
+        if kind == "parquet":
+            return pl.read_parquet(path)
+        content: Any = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path
+        if kind == "csv":
+            return _typed(pl.read_csv(content, infer_schema=False))
+        return pl.read_ndjson(content, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as {kind}: {error}", fix="Check the file") from error
+
+
+def _typed(frame: pl.DataFrame) -> pl.DataFrame:
+    """Strings of a CSV → Int64 or Float64 columns where that loses nothing."""
+    return frame.with_columns(_typed_column(frame[name]) for name in frame.columns)
+
+
+def _typed_column(text: pl.Series) -> pl.Series:
+    nulls = text.null_count()
+    if nulls == len(text):
+        return text
+    if text.str.contains(r"^(0|-?[1-9]\d*)$").all():
+        whole = text.cast(pl.Int64, strict=False)
+        return whole if whole.null_count() == nulls else text
+    if text.str.contains(r"^-?(0|[1-9]\d*)?(\.\d*)?([eE][-+]?\d+)?$|^[-+]?(?i:nan|inf)$").all():
+        number = text.cast(pl.Float64, strict=False)
+        return number if number.null_count() == nulls else text
+    return text
+
+
+def _from_pandas(source: Any) -> pl.DataFrame:
+    try:
+        return pl.DataFrame(pl.from_pandas(source))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
+        raise SchemaError(
+            f"a pandas table that Arrow cannot hold: {error}",
+            rule="Each column holds values of one type",
+            fix="Cast the column named above, for example df[column].astype(str)",
+        ) from error
+
+
+# -- columns -----------------------------------------------------------------------------------------------
+
+
+def require_columns(present: list[str], needed: list[str]) -> None:
+    """SchemaError naming the first missing column and its closest neighbour."""
+    for name in needed:
+        if name not in present:
+            raise SchemaError(
+                f"no column '{name}'", rule=f"Needed: {', '.join(needed)}", fix=did_you_mean(name, present)
+            )
+
+
+def clean_ids(column: pl.Series) -> pl.Series:
+    """Raw ids as Int64 or String. Raises SchemaError on another type, DataError on a null."""
+    name, kind = column.name, column.dtype
+    if kind.is_float() or kind == pl.Decimal:
+        raise SchemaError(
+            f"column '{name}' holds {kind} with {column.null_count()} nulls, such as {_example(column)}",
+            rule="Ids are integers or strings: a float cannot hold every integer above 2^53",
+            fix=f"Read '{name}' as integers; in pandas a missing value makes floats of them: use dtype 'Int64'",
+        )
+    if kind in (pl.Categorical, pl.Enum, pl.Null):
+        column = column.cast(pl.String)
+    elif not (kind.is_integer() or kind == pl.String):
+        raise SchemaError(
+            f"column '{name}' of type {kind}, such as {_example(column)}",
+            rule="Ids are integers or strings",
+            fix=f"Cast '{name}' to a string",
+        )
+    if column.null_count():
+        raise DataError(
+            f"column '{name}' holds {column.null_count()} nulls",
+            rule="An id is never null",
+            fix="Drop these lines, or find out why they lack an id",
+        )
+    try:
+        return column if column.dtype == pl.String else column.cast(pl.Int64)
+    except pl.exceptions.InvalidOperationError as error:
+        raise SchemaError(
+            f"column '{name}' holds integers beyond 64 signed bits, such as {column.max()!r}",
+            rule="Integer ids lie in −2^63 … 2^63−1",
+            fix=f"Cast '{name}' to a string",
+        ) from error
+
+
+def clean_times(column: pl.Series) -> pl.Series:
+    """Times as Int64 ≥ 0 by the rules at the top. Raises SchemaError or DataError."""
+    name, kind = column.name, column.dtype
+    if column.null_count():
+        raise DataError(
+            f"column '{name}' holds {column.null_count()} nulls",
+            rule="Every event has a time",
+            fix="Drop them",
+        )
+    if kind == pl.String:
+        column = _from_iso(column)
+    elif kind == pl.Null:
+        column = column.cast(pl.Int64)
+    elif kind.is_float():
+        column = _from_float(column)
+    elif not (kind.is_integer() or kind in (pl.Datetime, pl.Date)):
+        raise SchemaError(
+            f"column '{name}' of type {kind}",
+            rule="Times are whole numbers or datetimes",
+            fix=f"Cast '{name}'",
+        )
+    if column.dtype in (pl.Datetime, pl.Date):
+        column = column.cast(pl.Datetime("us")).dt.timestamp("us")
+    try:
+        column = column.cast(pl.Int64)
+    except pl.exceptions.InvalidOperationError as error:
+        raise DataError(f"column '{name}' holds times beyond 64 bits", fix="Use a coarser unit") from error
+    negative = int((column < 0).sum())
+    if negative:
+        raise DataError(
+            f"column '{name}' holds {negative} negative times, such as {column.min()!r}",
+            rule="Times are ≥ 0",
+            fix="Drop these lines, or count from an earlier moment",
+        )
+    return column
+
+
+def _from_float(column: pl.Series) -> pl.Series:
+    number = column.to_numpy()
+    whole = np.isfinite(number) & (number == np.floor(number)) & (np.abs(number) <= _EXACT)
+    if not whole.all():
+        raise SchemaError(
+            f"column '{column.name}' holds {int((~whole).sum())} fractional or infinite times or NaN, "
+            f"such as {number[~whole][0]}",
+            rule="Times are whole numbers",
+            fix="Drop those without a value; turn seconds with a fraction into whole milliseconds",
+        )
+    return column.cast(pl.Int64)
+
+
+def _from_iso(column: pl.Series) -> pl.Series:
+    try:
+        return column.str.to_datetime(time_unit="us", time_zone="UTC" if _has_zone(column) else None)
+    except pl.exceptions.PolarsError as error:
+        raise SchemaError(
+            f"column '{column.name}' holds strings that are no dates, such as {_example(column)}",
+            rule="Times are whole numbers, datetimes or ISO 8601 strings",
+            fix=f"Cast '{column.name}' to integers or datetimes",
+        ) from error
+
+
+def _has_zone(column: pl.Series) -> bool:
+    return bool(column.str.contains(r"(Z|[+-]\d\d:?\d\d)$").any())
+
+
+def _example(column: pl.Series) -> str:
+    values = column.drop_nulls()
+    return repr(values[0]) if len(values) else "null"
+
+
+# -- events ------------------------------------------------------------------------------------------------
+
+
+def tidy(frame: pl.DataFrame) -> pl.DataFrame:
+    """Columns user, item, time, …: without duplicates (the first stays), sorted by (user, time), stable."""
+    once = frame.unique(["user", "item", "time"], keep="first", maintain_order=True)
+    return once.sort("user", "time", maintain_order=True)
+
+
+def read_interactions(
+    source: Table,
+    *,
+    user: str = "user_id",
+    item: str = "item_id",
+    time: str = "timestamp",
+    items: Vocabulary | None = None,
+) -> Interactions:
+    """A clean log from any table; columns beside the three named ones are kept in `extra`.
+
+    items: number the items by this vocabulary instead of by the log's own items.
+    Raises SchemaError, DataError.
+    """
+    table = read_table(source)
+    require_columns(table.columns, [user, item, time])
+    if table.height == 0:
+        raise DataError("a log without events", rule="A log has at least one line")
+    raw_user, raw_item, when = clean_ids(table[user]), clean_ids(table[item]), clean_times(table[time])
+    users = vocabulary_of(raw_user)
+    items = vocabulary_of(raw_item) if items is None else items
+    require_same_type(raw_item, items)
+    dense_item = items.encode(raw_item)
+    if (dense_item == MISSING).any():
+        missing = raw_item.filter(pl.Series(dense_item == MISSING))
+        raise DataError(
+            f"{missing.n_unique()} items of the log are not in the given vocabulary, such as {missing[0]!r}",
+            fix="Read the log without one, then use align(interactions, items)",
+        )
+    numbered = pl.DataFrame(
+        {
+            "user": users.encode(raw_user).astype(np.int32),
+            "item": dense_item.astype(np.int32),
+            "time": when,
+            "row": np.arange(table.height),
+        }
+    )
+    numbered = tidy(numbered)
+    extra = table.drop(user, item, time)
+    return Interactions(
+        user=numbered["user"].to_numpy(),
+        item=numbered["item"].to_numpy(),
+        time=numbered["time"].to_numpy(),
+        users=users,
+        items=items,
+        extra=extra[numbered["row"].to_numpy()] if extra.width else pl.DataFrame(),
+    )
+
+
+def vocabulary_of(raw: pl.Series) -> Vocabulary:
+    """The distinct raw ids in sorted order."""
+    return Vocabulary(raw.unique().sort())
+
+
+def require_same_type(raw: pl.Series, vocabulary: Vocabulary) -> None:
+    """SchemaError where the ids of two tables are integers here and strings there."""
+    if len(vocabulary) and pa.types.is_integer(vocabulary.raw.type) != raw.dtype.is_integer():
+        raise SchemaError(
+            f"item ids of type {raw.dtype} in the log and {vocabulary.raw.type} in the catalogue",
+            rule="The two tables name an item by the same id of the same type",
+            fix=f"Cast '{raw.name}' in one of them",
+        )
+
+
+def read_items(source: Table, *, item: str = "item_id") -> Items:
+    """A catalogue from any table: row i is dense item i, in the order of the sorted raw ids.
+
+    Raises SchemaError, DataError where an item stands twice.
+    """
+    table = read_table(source)
+    require_columns(table.columns, [item])
+    ids = clean_ids(table[item]).alias("item_id")
+    repeated = ids.filter(ids.is_duplicated())
+    if len(repeated):
+        raise DataError(
+            f"{repeated.n_unique()} items stand more than once in the table, such as {repeated[0]!r}",
+            rule="An item table has one line an item",
+            fix="Keep one line of each, for example with unique('item_id')",
+        )
+    table = table.drop(item).insert_column(0, ids).sort("item_id")
+    return Items(Vocabulary(table["item_id"]), table)
+
+
+class Aligned(NamedTuple):
+    """A log and a catalogue that share one vocabulary; `unknown` are the items the table lacked."""
+
+    interactions: Interactions
+    items: Items
+    unknown: list[Any]
+
+
+def align(
+    interactions: Interactions, items: Items, unknown: Literal["error", "drop", "add"] = "add"
+) -> Aligned:
+    """Number the log's items by the catalogue.
+
+    unknown: what to do with an item of the log that the table lacks. "add": it joins the catalogue with
+    null in every column; "drop": its events go, and users without any other; "error": DataError.
+    """
+    if unknown not in ("error", "drop", "add"):
+        raise ConfigError(f"unknown={unknown!r}", rule="It is 'error', 'drop' or 'add'")
+    raw = pl.Series("item_id", interactions.items.raw)
+    require_same_type(raw, items.vocabulary)
+    absent = raw.filter(pl.Series(items.vocabulary.encode(raw) == MISSING))
+    if len(absent) and unknown == "error":
+        raise DataError(
+            f"{len(absent)} items of the log are not in the item table, such as {absent[0]!r}",
+            rule="With unknown='error' the table holds every item of the log",
+            fix="Add them to the table, or pass unknown='add' or 'drop'",
+        )
+    if len(absent) and unknown == "add":
+        missing = pl.DataFrame({"item_id": absent})
+        table = pl.concat([items.table, missing], how="diagonal").sort("item_id")
+        items = Items(Vocabulary(table["item_id"]), table)
+    dense = items.vocabulary.encode(raw)[interactions.item]
+    keep = dense != MISSING
+    if not keep.any():
+        raise DataError("no item of the log is in the item table", fix="Check that both use the same ids")
+    log = interactions.take(keep)
+    present, user = np.unique(log.user, return_inverse=True)
+    aligned = Interactions(
+        user.astype(np.int32),
+        dense[keep].astype(np.int32),
+        log.time,
+        _subset(log.users, present),
+        items.vocabulary,
+        log.extra,
+    )
+    return Aligned(aligned, items, absent.to_list())
+
+
+def k_core(interactions: Interactions, k_user: int = 5, k_item: int = 5) -> Interactions:
+    """The largest log whose every user has ≥ k_user events and every item ≥ k_item, newly numbered.
+
+    Raises DataError where nothing is left.
+    """
+    log = interactions
+    while len(log):
+        few_user = np.bincount(log.user, minlength=len(log.users)) < k_user
+        few_item = np.bincount(log.item, minlength=len(log.items)) < k_item
+        drop = few_user[log.user] | few_item[log.item]
+        if not drop.any():
+            return compact(log)
+        log = log.take(~drop)
+    raise DataError(
+        f"a core of {k_user} events a user and {k_item} an item",
+        rule=f"None of the {len(interactions)} events survives it",
+        fix="Choose smaller numbers",
+    )
+
+
+def compact(interactions: Interactions) -> Interactions:
+    """The same events with vocabularies of only the users and items that occur."""
+    users, user = np.unique(interactions.user, return_inverse=True)
+    items, item = np.unique(interactions.item, return_inverse=True)
+    return Interactions(
+        user.astype(np.int32),
+        item.astype(np.int32),
+        interactions.time,
+        _subset(interactions.users, users),
+        _subset(interactions.items, items),
+        interactions.extra,
+    )
+
+
+def _subset(vocabulary: Vocabulary, dense: np.ndarray) -> Vocabulary:
+    return vocabulary if len(dense) == len(vocabulary) else Vocabulary(vocabulary.raw.take(pa.array(dense)))
