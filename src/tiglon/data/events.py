@@ -85,10 +85,11 @@ def _read_file(path: Path) -> pl.DataFrame:
 
 def _typed(frame: pl.DataFrame) -> pl.DataFrame:
     """Strings of a CSV → Int64 or Float64 columns where that loses nothing."""
-    return frame.with_columns(_typed_column(frame[name]) for name in frame.columns)
+    return frame.with_columns(typed_column(frame[name]) for name in frame.columns)
 
 
-def _typed_column(text: pl.Series) -> pl.Series:
+def typed_column(text: pl.Series) -> pl.Series:
+    """A column of strings as Int64 where every value reads back as written, else Float64, else as it is."""
     nulls = text.null_count()
     if nulls == len(text):
         return text
