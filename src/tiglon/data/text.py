@@ -105,7 +105,7 @@ class TfidfSvd:
         self.idf = (1 + np.log((1 + len(distinct)) / (1 + frequency))).astype(np.float32)
         weights = self._weigh(counts)
         width = min(self.dim, *weights.shape)
-        _, _, directions = randomized_svd(weights, width, random_state=self.seed)
+        _, _, directions = randomized_svd(weights, width, n_iter=4, random_state=self.seed)
         self.components = np.ascontiguousarray(directions.T, dtype=np.float32)
         return self
 
@@ -218,7 +218,7 @@ class VectorColumn:
         values = items.table[self.column]
         if isinstance(values.dtype, pl.Array):
             values = values.arr.to_list()
-        if not isinstance(values.dtype, pl.List) or not values.dtype.inner.is_numeric():  # type: ignore[union-attr]
+        if not isinstance(values.dtype, pl.List) or not values.dtype.inner.is_numeric():
             raise SchemaError(
                 f"column '{self.column}' of type {values.dtype}",
                 rule="A vector column holds lists of numbers",
@@ -244,34 +244,33 @@ def render(items: Items, template: str | None = None) -> list[str]:
     if template is None:
         columns = [c for c, kind in table.schema.items() if c != "item_id" and _is_text(kind)]
         template = ". ".join(f"{{{column}}}" for column in columns)
-    parts, tail = [], ""
+    parts: list[pl.Expr] = []
+    begun, tail = pl.lit(False), ""  # has a column already said something?
     try:
         for literal, column, form, conversion in string.Formatter().parse(template):
             if column is None:
                 tail = literal
                 continue
             if form or conversion or not column:
-                raise ValueError("only {column} is known")
+                raise ConfigError("more than a column's name in braces")
             _require_column(items, column)
             value = _as_text(pl.col(column), table.schema[column])
-            parts.append(pl.lit(literal) + pl.when(value.str.len_bytes() > 0).then(value))
-    except ValueError as error:
+            present = (value.str.len_bytes() > 0).fill_null(False)
+            opening = literal.lstrip(" .,;:|/-") if parts else literal
+            parts.append(
+                pl.when(present).then(pl.when(begun).then(pl.lit(literal)).otherwise(pl.lit(opening)) + value)
+            )
+            begun = begun | present
+    except (ValueError, ConfigError) as error:
         if isinstance(error, SchemaError):
             raise
         raise ConfigError(
-            f"the template {template!r}: {error}", fix='Write a column in braces, as in "{title}. {brand}"'
+            f"the template {template!r}: {error}", rule='Columns stand in braces, as in "{title}. {brand}"'
         ) from error
     if not parts:
-        return [""] * len(items)
-    # What stood between a missing first column and the next is no start of a text.
-    text = pl.concat_str(parts, ignore_nulls=True).str.strip_chars_start(" .,;:|/-")
-    first = string.Formatter().parse(template)
-    lead = next(iter(first))[0]
-    has_first = parts[0].is_not_null()
-    whole = pl.concat_str(parts, ignore_nulls=True)
-    chosen = pl.when(has_first).then(whole).otherwise(text) if lead else text
-    filled = pl.when(chosen.str.len_bytes() > 0).then(chosen + tail).otherwise(pl.lit(""))
-    return table.select(filled.alias("text"))["text"].to_list()
+        return [template] * len(items)
+    text = pl.when(begun).then(pl.concat_str([*parts, pl.lit(tail)], ignore_nulls=True)).otherwise(pl.lit(""))
+    return table.select(text.alias("text"))["text"].to_list()
 
 
 def encode_items(

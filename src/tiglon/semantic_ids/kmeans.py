@@ -19,6 +19,7 @@ import numpy as np
 
 from tiglon.errors import ConfigError
 from tiglon.semantic_ids import storage
+from tiglon.semantic_ids.exact import nearest
 from tiglon.semantic_ids.tokenizer import distinct_rows, path_in, require_sizes, require_vectors
 
 BLOCK = 8192  # rows whose distances to all codes are held at once
@@ -164,32 +165,6 @@ def _assign(points: np.ndarray, norms: np.ndarray, centres: np.ndarray) -> tuple
         code[rows] = score.argmax(axis=1)
         distance[rows] = norms[rows] - 2 * score[np.arange(len(score)), code[rows]]
     return code, distance
-
-
-def nearest(points: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """(N,) int32: which of (V, D) is nearest to each of (N, D); the lowest of equals.
-
-    A matrix product may round a row differently in another batch; this sums every distance in one fixed
-    order, so that a row alone and in a batch agree bit for bit.
-    """
-    return _nearest(
-        np.ascontiguousarray(points, np.float32), np.ascontiguousarray(codebook.T, dtype=np.float32)
-    )
-
-
-@numba.njit(cache=True)
-def _nearest(points: np.ndarray, codebook_DV: np.ndarray) -> np.ndarray:
-    code = np.empty(len(points), np.int32)
-    distance = np.empty(codebook_DV.shape[1], np.float32)
-    for n in range(len(points)):
-        distance[:] = 0
-        for d in range(points.shape[1]):
-            x = points[n, d]
-            for v in range(len(distance)):
-                step = x - codebook_DV[d, v]
-                distance[v] += step * step
-        code[n] = np.argmin(distance)
-    return code
 
 
 @numba.njit(cache=True)

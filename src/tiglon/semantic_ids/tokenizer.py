@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.semantic_ids import storage
 
 
@@ -44,11 +44,19 @@ class Tokenizer(Protocol):
 
 def load(directory: Path) -> Tokenizer:
     """The tokenizer saved in a folder, whatever its kind. Raises BundleDamagedError."""
-    from tiglon.semantic_ids import kmeans
+    from tiglon.semantic_ids import kmeans, lsh, random_ids, rqvae
 
-    known: dict[str, type[Tokenizer]] = {"residual_kmeans": kmeans.ResidualKMeans}
-    _, settings = storage.read(path_in(directory))
-    return known[settings["kind"]].load(directory)
+    path = path_in(directory)
+    kind = storage.read(path)[1].get("kind")
+    if kind == "residual_kmeans":
+        return kmeans.ResidualKMeans.load(directory)
+    if kind == "rqvae":
+        return rqvae.RQVAETokenizer.load(directory)
+    if kind == "lsh":
+        return lsh.LSH.load(directory)
+    if kind == "random":
+        return random_ids.RandomIds.load(directory)
+    raise BundleDamagedError(f"{path} holds a tokenizer of kind {kind!r}", fix="Install a newer Tiglon")
 
 
 def path_in(directory: Path) -> Path:
