@@ -5,7 +5,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tiglon.data.events import align, clean_times, k_core, read_interactions, read_items, read_table
@@ -174,13 +174,14 @@ def test_bad_times(times, message):
 # -- order and duplicates ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rows=st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40
+        st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=40
     ),
     seed=st.integers(0, 99),
 )
+@example(rows=[(0, 1, 0), (0, 0, 0), (0, 1, 0)], seed=0)
 def test_the_log_is_the_sorted_set_of_its_lines(rows, seed):
     def read(rows):
         frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
@@ -254,7 +255,7 @@ def test_dropping_items_drops_users_without_events():
 # -- k-core ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
 def test_k_core_is_what_removing_one_by_one_leaves(pairs):
     rows = [(user, item, time) for time, (user, item) in enumerate(pairs)]

@@ -45,7 +45,7 @@ def assert_same(a: HistoryStore, b: HistoryStore) -> None:
         assert column.dtype == b.features[name].dtype
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rows=ROWS,
     asked=st.lists(st.tuples(st.integers(-1, 4), st.integers(-1, 8)), max_size=8),
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 # -- larger than memory --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=ROWS, cut=st.integers(0, 60))
 def test_the_streamed_store_is_the_built_one(tmp_path_factory, rows, cut):
     folder = tmp_path_factory.mktemp("log")

@@ -11,7 +11,13 @@ from tiglon.data.split import by_time, check, check_id_order, check_numeric_feat
 from tiglon.errors import ConfigError, DataError, LeakageError, SchemaError
 from tiglon.types import Interactions, Targets
 
-ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=60)
+
+def random_rows(n: int, seed: int) -> list[tuple[int, int, int]]:
+    """n lines of at most 5 users, 6 items and 7 moments: enough for baskets and for short lives."""
+    return [tuple(row) for row in np.random.default_rng(seed).integers(0, (5, 6, 7), (n, 3)).tolist()]
+
+
+ROWS = st.builds(random_rows, st.integers(1, 60), st.integers(0, 10**6))
 
 
 def log_of(rows, **extra) -> Interactions:
@@ -43,7 +49,7 @@ def test_a_log_by_hand():
     check(split)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(ROWS)
 def test_leave_last_out_against_its_definition(rows):
     log = log_of(rows)
@@ -65,7 +71,7 @@ def test_leave_last_out_against_its_definition(rows):
     check(split)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(ROWS, st.integers(1, 5), st.integers(1, 3))
 def test_by_time_against_its_definition(rows, start, window):
     log, stop = log_of(rows), start + window
@@ -90,6 +96,17 @@ def test_by_time_against_its_definition(rows, start, window):
     assert split.skipped == len(log.users) - len(test)
     assert lives(split.train) == {u: [e for e in life if e[1] < start] for u, life in lives(log).items()}
     check(split)
+
+
+def test_windows_by_hand():
+    rows = [(0, 10, 1), (0, 11, 5), (0, 12, 5), (0, 13, 6), (0, 14, 9), (0, 15, 10)]  # in every window
+    rows += [(1, 10, 5), (1, 11, 9)]  # no history before the validation
+    rows += [(2, 10, 1), (2, 11, 4)]  # training only
+    split = by_time(log_of(rows), 5, 9)
+    assert asked(split.validation) == {0: ([0], [1, 2])}
+    assert asked(split.test) == {0: ([0, 1, 2, 3], [4]), 1: ([0], [1])}
+    assert lives(split.train) == {0: [(0, 1)], 1: [], 2: [(0, 1), (1, 4)]}
+    assert split.skipped == 1
 
 
 def test_windows_in_the_wrong_order():
