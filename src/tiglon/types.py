@@ -229,7 +229,7 @@ class Candidates:
             raise DataError(f"items of shape {self.item.shape} with scores of shape {self.score.shape}")
         if np.isnan(self.score).any():
             raise DataError("a candidate score that is NaN")
-        if (np.diff(self.score, axis=1) > 0).any():
+        if (self.score[:, 1:] > self.score[:, :-1]).any():
             raise DataError("candidate scores that rise", rule="Candidates come best first")
         if not ((self.item == MISSING) == np.isneginf(self.score)).all():
             raise DataError("a missing candidate with a score, or a candidate scored −inf")

@@ -167,6 +167,21 @@ class Trie:
             parts.append(self._added.item[self._added.leaves(added, depth)])
         return np.sort(np.concatenate(parts)).astype(np.int64)
 
+    def count(self, nodes: np.ndarray, depth: int) -> np.ndarray:
+        """(M,) int64: how many items lie below each of nodes (M,) at `depth`."""
+        nodes = np.asarray(nodes, np.int64)
+        counts = np.zeros(len(nodes), np.int64)
+        for levels, at in ((self._base, (nodes & LOW) - 1), (self._added, (nodes >> 32) - 1)):
+            there = at >= 0
+            low, high = at[there], at[there] + 1
+            for start in levels.start[depth:]:
+                low, high = start[low].astype(np.int64), start[high].astype(np.int64)
+            counts[there] += high - low
+            if levels is self._base and self._gone:
+                removed = np.concatenate([[0], np.cumsum(self._gone[-1])])
+                counts[there] -= removed[high] - removed[low]
+        return counts
+
     def add(self, codes: np.ndarray, items: np.ndarray, sizes: Sequence[int] | None = None) -> Trie:
         """With dense items (M,) under codes (M, S); `sizes` where they have grown since.
 
@@ -270,7 +285,7 @@ def _children(nodes, start, code):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _merged(nodes, start, code, gone, added_start, added_code):  # type: ignore[no-untyped-def]
-    most = np.int64(0)
+    masked, most = len(gone) > 0, np.int64(0)
     for m in range(len(nodes)):
         i, j = (nodes[m] & 0xFFFFFFFF) - 1, (nodes[m] >> 32) - 1
         if i >= 0:
@@ -287,20 +302,21 @@ def _merged(nodes, start, code, gone, added_start, added_code):  # type: ignore[
             a, a_end = np.int64(start[i]), np.int64(start[i + 1])
         if j >= 0:
             b, b_end = np.int64(added_start[j]), np.int64(added_start[j + 1])
-        while a < a_end or b < b_end:
-            if a < a_end and len(gone) > 0 and gone[a]:
+        while True:  # the base's children up to the next added one, then that one
+            until = np.int64(added_code[b]) if b < b_end else np.int64(1) << 40
+            while a < a_end and np.int64(code[a]) < until:
+                out_code[count] = code[a]
+                out_child[count] = a + 1
+                count += 0 if masked and gone[a] else 1
                 a += 1
-                continue
-            left = np.int64(code[a]) if a < a_end else np.int64(1) << 40
-            right = np.int64(added_code[b]) if b < b_end else np.int64(1) << 40
-            out_code[count] = min(left, right)
-            child = np.int64(0)
-            if left <= right:
+            if b == b_end:
+                break
+            b += 1
+            child = b << 32
+            if a < a_end and np.int64(code[a]) == until:
                 a += 1
-                child |= a
-            if right <= left:
-                b += 1
-                child |= b << 32
+                child |= 0 if masked and gone[a - 1] else a
+            out_code[count] = until
             out_child[count] = child
             count += 1
         offsets[m + 1] = count

@@ -1,0 +1,196 @@
+"""TIGER trained on all of a user's targets in one pass.
+
+After: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023,
+https://arxiv.org/abs/2305.05065 (`tiger_paper.py` is the paper's own architecture).
+
+Idea. The paper encodes every prefix of a sequence again for every target. Here the encoder is causal
+across items, so the states of a user's whole sequence are computed once; the decoder runs for all of
+the user's targets at once, each cross-attending only to items strictly earlier than itself. A target's
+loss is exactly that of its prefix encoded alone, and a new event later costs only its own position.
+
+Deviations from the paper:
+- one encoder position an item (the sum of its code embeddings) rather than one a code;
+- causal across moments rather than bidirectional; events of one moment (a basket) see each other but
+  no target of their own moment;
+- relative biases count moments between events, so that old states never change when events arrive;
+- an output head a level, softmax over the codes that exist below the prefix (`Trie`), so that the
+  probabilities of the catalogue's items sum to one and no capacity goes to learning which IDs exist;
+- no user token (reproductions find none is better).
+
+Letters: B users, L history, D width, S code positions, V codes a level, T targets, H heads,
+K beams, M = B·K code sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiglon.nn.transformer import DecoderLayer, Dropout, EncoderLayer, KeysValues
+
+HIDDEN = float("-inf")
+PADDING = 1 << 20  # a moment later than any: no event and no target sees it
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    width: int = 128  # paper: 128
+    heads: int = 4  # paper: 6
+    head_width: int = 32  # paper: 64
+    hidden: int = 512  # paper: 1,024
+    encoder_layers: int = 3  # paper: 4
+    decoder_layers: int = 3  # paper: 4
+    dropout: float = 0.2  # paper: 0.1
+    distances: int = 32  # buckets of the relative bias, in moments; farther ones share the last
+    positions: int = 1  # encoder positions an item: 1 (sum of its codes) or S (one a code)
+
+
+class Memory(NamedTuple):
+    """What the decoder reads of B users: keys and values of each layer, and the moment of each key."""
+
+    layers: list[KeysValues]
+    moment_BK: Tensor  # −1 for the start state, later than everything for padding
+
+
+class CausalTiger(nn.Module):
+    """sizes: codes at each of the S positions, the collision digit last."""
+
+    def __init__(self, sizes: tuple[int, ...], config: CausalConfig | None = None) -> None:
+        super().__init__()
+        self.config = c = config or CausalConfig()
+        self.sizes = sizes
+        S, P = len(sizes), c.positions
+        offsets = torch.tensor([sum(sizes[:s]) for s in range(S)])
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.code = nn.Embedding(sum(sizes), c.width)
+        self.start = nn.Parameter(torch.randn(P, c.width))  # state of an empty history
+        self.begin = nn.Parameter(torch.randn(c.width))  # the decoder's first input
+        block = (c.width, c.heads, c.head_width, c.hidden, c.dropout)
+        self.encoder = nn.ModuleList(EncoderLayer(*block) for _ in range(c.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*block) for _ in range(c.decoder_layers))
+        self.norm_encoder = nn.RMSNorm(c.width, eps=1e-6)
+        self.norm_decoder = nn.RMSNorm(c.width, eps=1e-6)
+        self.bias_encoder = nn.Parameter(torch.zeros(c.distances + 1, c.heads, P, P))
+        self.bias_cross = nn.Parameter(torch.zeros(c.distances + 1, c.heads, S, P))
+        self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
+        self.heads = nn.ModuleList(nn.Linear(c.width, size, bias=False) for size in sizes)
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=c.width**-0.5)
+        nn.init.normal_(self.code.weight, std=1.0)
+        self.dropout = Dropout(c.dropout)
+
+    # -- relative biases -----------------------------------------------------------------------
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Moments back → bucket: exact up to half of the buckets, then logarithmic, doubling every
+        sixth of the rest."""
+        half = self.config.distances // 2
+        far = half + (torch.log2(distance.clamp(min=1) / half) * half / 3).long()
+        return torch.where(distance < half, distance.clamp(min=0), far.clamp(half, self.config.distances - 1))
+
+    def relative(self, table: Tensor, query_BQ: Tensor, key_BK: Tensor, *, own: bool) -> Tensor:
+        """Bias (B, H, Q·q, K·p) of a table (buckets, H, q, p) between moments.
+
+        −inf on keys later than the query and, unless `own`, on those of its own moment. The start
+        state (moment −1) has a bucket of its own and is always seen. B is 1 where all users agree.
+        """
+        if (query_BQ == query_BQ[:1]).all() and (key_BK == key_BK[:1]).all():
+            query_BQ, key_BK = query_BQ[:1], key_BK[:1]
+        distance = query_BQ[:, :, None] - key_BK[:, None, :]
+        start = (key_BK < 0)[:, None, :]
+        hidden = (distance < 0 if own else distance <= 0) & ~start
+        bias = table[torch.where(start, self.config.distances, self.bucket(distance))]
+        bias = bias.masked_fill(hidden[..., None, None, None], HIDDEN)
+        return bias.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    # -- history → memory ----------------------------------------------------------------------
+
+    def encode(self, codes_BLS: Tensor, moment_BL: Tensor) -> Memory:
+        """Memory of L items a user, oldest first; padding comes last, at moment PADDING."""
+        B, _, S = codes_BLS.shape
+        P = self.config.positions
+        x = self.code(codes_BLS + self.offsets)
+        x = x.sum(dim=2, keepdim=True) * S**-0.5 if P == 1 else x
+        x = torch.cat([self.start.expand(B, 1, P, -1), x], dim=1).flatten(1, 2)
+        moment = F.pad(moment_BL, (1, 0), value=-1)
+        bias = self.relative(self.bias_encoder, moment, moment, own=True)
+        x = self.dropout(x)
+        for layer in self.encoder:
+            x, _ = layer(x, bias)
+        x = self.dropout(self.norm_encoder(x))
+        return Memory([layer.cross_attention.keys_values(x) for layer in self.decoder], moment)
+
+    # -- memory → codes ------------------------------------------------------------------------
+
+    def forward(self, memory: Memory, codes_BLS: Tensor, moment_BL: Tensor) -> Tensor:
+        """(B, L, S, D) states that predict each code of L targets a user, each from its own past."""
+        B, L, S = codes_BLS.shape
+        known = self.code(codes_BLS[..., :-1] + self.offsets[:-1])
+        x = self.dropout(torch.cat([self.begin.expand(B, L, 1, -1), known], dim=2))
+        later = torch.ones(S, S, dtype=torch.bool).triu(1)
+        bias_self = self.bias_self.masked_fill(later, HIDDEN)
+        bias = self.relative(self.bias_cross, moment_BL, memory.moment_BK, own=False)
+        for layer, kv in zip(self.decoder, memory.layers, strict=True):
+            x, _ = layer.over_codes(x.reshape(B * L, S, -1), bias_self)
+            x = layer.over_history(x.reshape(B, L * S, -1), kv, bias)
+        return self.dropout(self.norm_decoder(x)).reshape(B, L, S, -1)
+
+    def decoder_for(self, memory: Memory, moment_B: Tensor) -> CausalDecoder:
+        """A step function for `beam_search`: B users at their present moments."""
+        return CausalDecoder(self, memory, moment_B)
+
+
+class CausalDecoder:
+    """One code at a time for B users × W beams; what all beams of a user share is held once."""
+
+    def __init__(self, model: CausalTiger, memory: Memory, moment_B: Tensor) -> None:
+        self.model, self.memory = model, memory
+        self.bias_BHSK = model.relative(model.bias_cross, moment_B[:, None], memory.moment_BK, own=False)
+        self.past: list[KeysValues | None] = [None] * len(model.decoder)
+
+    @torch.inference_mode()
+    def __call__(self, depth: int, beam: np.ndarray | None, code: np.ndarray | None) -> np.ndarray:
+        model = self.model
+        B = len(self.memory.moment_BK)
+        if beam is None or code is None:
+            x = model.begin.expand(B, 1, -1)
+        else:
+            before = 1 if self.past[0] is None else self.past[0][0].shape[0] // B
+            rows = (torch.from_numpy(beam) + torch.arange(B)[:, None] * before).flatten()
+            self.past = [kv and (kv[0][rows], kv[1][rows]) for kv in self.past]
+            x = model.code(torch.from_numpy(code) + model.offsets[depth - 1])
+        W = x.shape[1]
+        bias_self = model.bias_self[:, depth : depth + 1, : depth + 1]
+        bias = self.bias_BHSK[:, :, depth : depth + 1]
+        for i, (layer, kv) in enumerate(zip(model.decoder, self.memory.layers, strict=True)):
+            x, self.past[i] = layer.over_codes(x.reshape(B * W, 1, -1), bias_self, self.past[i])
+            x = layer.over_history(x.reshape(B, W, -1), kv, bias)
+        return model.heads[depth](model.norm_decoder(x)).float().numpy()
+
+
+def loss(
+    model: CausalTiger,
+    codes_BLS: Tensor,
+    moment_BL: Tensor,
+    target_BL: Tensor,
+    allowed: list[Tensor] | None,
+) -> Tensor:
+    """(T, S) −log p of each code of the T targets marked in `target_BL`, given the codes before it.
+
+    allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax runs
+        over them. None runs it over all V.
+    """
+    states_TSD = model(model.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
+    truth_TS = codes_BLS[target_BL]
+    losses = []
+    for s, head in enumerate(model.heads):
+        logits_TV = head(states_TSD[:, s]).float()
+        if allowed is not None:
+            logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
+        losses.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
+    return torch.stack(losses, dim=1)
