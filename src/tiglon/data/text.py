@@ -223,10 +223,10 @@ class VectorColumn:
                 f"column '{self.column}' of type {values.dtype}",
                 rule="A vector column holds lists of numbers",
             )
-        lengths = values.list.len().fill_null(0)
-        if values.null_count() or lengths.n_unique() > 1 or values.explode().null_count():
+        lengths = set(values.list.len().fill_null(0).to_list())
+        if values.null_count() or len(lengths) > 1 or values.explode().null_count():
             raise SchemaError(
-                f"column '{self.column}' with vectors of {lengths.min()} to {lengths.max()} numbers",
+                f"column '{self.column}' with nulls, or vectors of {sorted(lengths)[:5]} numbers",
                 rule="Every item has a vector, and all are equally long",
             )
         flat = values.explode().to_numpy().astype(np.float32)
@@ -289,7 +289,8 @@ def encode_items(
     distinct, place = np.unique(np.array(texts, dtype=object), return_inverse=True)
     if cache is None:
         return ItemVectors(encoder.encode(distinct.tolist())[place], encoder.name)
-    path = Path(cache) / (re.sub(r"[^\w.-]+", "_", encoder.name) + ".safetensors")
+    file = re.sub(r"[^\w.-]+", "_", encoder.name) + ".safetensors"
+    path = Path(cache) / file
     keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in distinct]
     known, vectors = _read_cache(path)
     new = [i for i, key in enumerate(keys) if key not in known]

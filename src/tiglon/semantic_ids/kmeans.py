@@ -113,7 +113,7 @@ class ResidualKMeans:
 
 
 def kmeans(points: np.ndarray, size: int, random: np.random.Generator, iterations: int = 25) -> np.ndarray:
-    """Centres (size, D) of points (N, D): k-means++ (Arthur and Vassilvitskii 2007), then Lloyd.
+    """Centres (size, D) of points (N, D): greedy k-means++ (Arthur and Vassilvitskii 2007), then Lloyd.
 
     A cluster that loses all its points moves to the point that is farthest from its own centre. With no
     more distinct points than `size`, every point is a centre, and the rest repeat the first, so that no
@@ -140,19 +140,31 @@ def kmeans(points: np.ndarray, size: int, random: np.random.Generator, iteration
 
 
 def _plus_plus(points: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """`size` of the points (N, D), each drawn with a chance ∝ its squared distance to those before it."""
+    """`size` of the points (N, D), each drawn with a chance ∝ its squared distance to those before it.
+
+    Greedy: of a few draws, the one that brings the points nearest is kept. One draw a time easily puts
+    two centres into one cluster and none into another, which Lloyd does not mend.
+    """
+    trials = 2 + int(np.log(size))
     norms = np.einsum("nd,nd->n", points, points)
+
+    def distances(rows: np.ndarray) -> np.ndarray:
+        """(N, rows): squared distances to some of the points."""
+        squared = norms[:, None] - 2 * (points @ points[rows].T) + norms[rows]
+        squared[rows, np.arange(len(rows))] = 0
+        return np.maximum(squared, 0)
+
     chosen = [int(random.integers(len(points)))]
-    distance = np.full(len(points), np.inf, np.float32)
-    while True:
-        last = chosen[-1]
-        distance = np.minimum(distance, np.maximum(norms - 2 * (points @ points[last]) + norms[last], 0))
-        distance[last] = 0
-        if len(chosen) == size:
-            return points[chosen]
+    distance = distances(np.array(chosen))[:, 0]
+    while len(chosen) < size:
         summed = np.cumsum(distance, dtype=np.float64)
-        draw = np.searchsorted(summed, random.random() * summed[-1], side="right")
-        chosen.append(min(int(draw), len(points) - 1))
+        draws = np.searchsorted(summed, random.random(trials) * summed[-1], side="right")
+        rows = np.minimum(draws, len(points) - 1)
+        nearer = np.minimum(distances(rows), distance[:, None])
+        best = int(nearer.sum(axis=0, dtype=np.float64).argmin())
+        chosen.append(int(rows[best]))
+        distance = nearer[:, best]
+    return points[chosen]
 
 
 def _assign(points: np.ndarray, norms: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -82,10 +82,10 @@ class IdReport:
             usage, entropy, perplexity = self.usage[level], self.entropy[level], self.perplexity[level]
             row = (f"{usage:.1%}", f"{entropy:.2f} of {math.log2(size):.2f}", f"{perplexity:.0f}", error)
             levels.add_row(str(level + 1), str(size), *row)
-        shared = Table(title="Content similarity by shared prefix", title_justify="left")
+        shared = Table(title="Mean cosine by shared prefix", title_justify="left")
         shared.add_column("codes shared", justify="right")
         shared.add_column("mean cosine", justify="right")
-        for length, cosine in enumerate(self.similarity):
+        for length, cosine in enumerate(self.similarity.tolist()):
             shared.add_row(str(length), "no pairs" if np.isnan(cosine) else f"{cosine:.3f}")
         text = io.StringIO()
         console = Console(file=text, width=100, color_system=None)
@@ -110,14 +110,14 @@ class IdReport:
         colours = [f"C{level}" for level in range(len(self.sizes))]
 
         for level, count in enumerate(self.counts):
-            share = np.sort(count)[::-1] / max(self.items, 1)
+            share = np.sort(count[count > 0])[::-1] / max(self.items, 1)
             label = f"level {level + 1}: {self.perplexity[level]:.0f} of {len(count)} effective"
-            use.plot(np.arange(1, len(count) + 1), share, color=colours[level], label=label, lw=2)
+            use.plot(np.arange(1, len(share) + 1), share, color=colours[level], label=label, lw=2)
         use.axhline(1 / max(self.sizes), color="grey", ls=":", lw=1.2, label="all used alike")
         use.set(
             title="How evenly codes are used", xlabel="code, most frequent first", ylabel="share of items"
         )
-        use.yaxis.set_major_formatter(PercentFormatter(1))
+        use.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
         use.legend(frameon=False)
 
         size, groups = np.unique(self.groups, return_counts=True)
@@ -149,7 +149,7 @@ class IdReport:
 
         lengths = np.arange(len(self.similarity))
         alike.plot(lengths, self.similarity, "o-", color="C2", lw=2, ms=8)
-        for length, cosine in zip(lengths, self.similarity, strict=True):
+        for length, cosine in enumerate(self.similarity.tolist()):
             if not np.isnan(cosine):
                 alike.annotate(
                     f"{cosine:.2f}", (length, cosine), (0, 8), textcoords="offset points", ha="center"
