@@ -92,7 +92,8 @@ class IdReport:
         console.print(levels)
         console.print(
             f"Capacity {self.capacity:,} · {self.colliding:.1%} of items share all {len(self.sizes)} codes "
-            f"with another · largest group {self.largest_group:,} of {self.digits:,} digits"
+            f"with another · largest group {self.largest_group:,} of {self.digits:,} digits",
+            soft_wrap=True,
         )
         console.print(shared)
         return text.getvalue()
@@ -139,7 +140,7 @@ class IdReport:
             error.text(0.5, 0.5, "These codes stand for no vector", ha="center", transform=error.transAxes)
         else:
             error.bar(levels, self.error, color=colours, width=0.6)
-            for level, value in zip(levels, self.error, strict=True):
+            for level, value in enumerate(self.error.tolist(), 1):
                 error.annotate(
                     f"{value:.3f}", (level, value), (0, 3), textcoords="offset points", ha="center"
                 )
