@@ -35,7 +35,6 @@ def main() -> None:
         build = time.perf_counter() - start
         steps = measure(codes, options.nodes, options.steps, random, trie)
         print(f"{count:>11,} {build:>7.2f}s {trie.nbytes / count:>10.1f}   {steps}")
-        start = time.perf_counter()
         changed = Trie.build(codes[: -count // 100], SIZES)
         start = time.perf_counter()
         changed = changed.add(codes[-count // 100 :], np.arange(count - -(-count // 100), count))

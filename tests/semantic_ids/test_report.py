@@ -65,13 +65,12 @@ def test_it_is_readable_and_drawn(tokenizer: ResidualKMeans | LSH, tmp_path: Pat
     assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_item_has_no_pairs(tmp_path: Path) -> None:
+def test_one_item_has_no_pairs() -> None:
     x = np.ones((1, 3), np.float32)
     tokenizer = ResidualKMeans(2, 4).fit(x)
     found = report(SemanticIds.assign(tokenizer.encode(x), tokenizer.sizes, [5]), x, tokenizer)
     assert np.isnan(found.similarity).all()
     assert "no pairs" in found.table()
-    found.plot(tmp_path / "ids.png")
 
 
 def test_vectors_of_other_items_are_refused() -> None:

@@ -58,7 +58,7 @@ def edits(draw: st.DrawFn) -> tuple[list, list]:
     return [order, first], draw(st.lists(steps, max_size=8))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(edits())
 def test_any_edits_give_what_a_set_would(script: tuple[list, list]) -> None:
     (order, first), steps = script
