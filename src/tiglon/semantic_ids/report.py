@@ -116,7 +116,10 @@ class IdReport:
             use.plot(np.arange(1, len(share) + 1), share, color=colours[level], label=label, lw=2)
         use.axhline(1 / max(self.sizes), color="grey", ls=":", lw=1.2, label="all used alike")
         use.set(
-            title="How evenly codes are used", xlabel="code, most frequent first", ylabel="share of items"
+            yscale="log",
+            title="How evenly codes are used",
+            xlabel="code, most frequent first",
+            ylabel="share of items",
         )
         use.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
         use.legend(frameon=False)
