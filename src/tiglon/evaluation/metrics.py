@@ -190,6 +190,8 @@ def recall_by_popularity(
 
 # -- how sure ----------------------------------------------------------------------------------------------
 
+_RESAMPLES_AT_ONCE = 20  # draws of all users held in memory together
+
 
 def bootstrap(
     values: np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95
@@ -209,10 +211,22 @@ def bootstrap(
     if n < 1 or not 0 < level < 1:
         raise ConfigError(f"n={n}, level={level}", rule="n is at least 1 and the level lies between 0 and 1")
     rng = np.random.default_rng(seed)
-    b = len(values)
-    means = np.stack([np.bincount(rng.integers(b, size=b), minlength=b) @ values for _ in range(n)]) / b
+    means = np.concatenate(
+        [
+            _resampled_means(values, min(_RESAMPLES_AT_ONCE, n - done), rng)
+            for done in range(0, n, _RESAMPLES_AT_ONCE)
+        ]
+    )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def _resampled_means(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """(n, …) means of values (B, …) over n draws of B users with replacement."""
+    b = len(values)
+    drawn = rng.integers(b, size=(n, b)) + b * np.arange(n)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=n * b).reshape(n, b)
+    return times.astype(np.float64) @ values / b
 
 
 def bootstrap_difference(

@@ -424,7 +424,9 @@ def co_occurrence(interactions: Interactions, config: CoOccurrenceConfig) -> sp.
     scale = 1 / np.sqrt(sums + config.shrink)
     offsets = np.concatenate([[0], np.cumsum(kept)])
     index, value = _strongest(log, config.backward, scale, offsets)
-    return sp.csr_matrix((value, index, offsets), shape=(len(sums), len(sums)))
+    together = sp.csr_matrix((value, index, offsets), shape=(len(sums), len(sums)))
+    together.sort_indices()
+    return together
 
 
 class _Log(NamedTuple):
@@ -497,21 +499,24 @@ def _column_sums(
 def _strongest(
     log: _Log, backward: float, scale: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover (compiled)
-    """The kept columns and their scaled values, row after row; columns rise within a row."""
+    """The kept columns and their scaled values, row after row; equal ones are kept as they come."""
     n_items = len(scale)
     index, value = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     row, touched = np.zeros(n_items), np.empty(n_items, np.int64)
     for item in range(n_items):
         n = _pairs(log, item, backward, row, touched)
-        columns = np.sort(touched[:n])
+        columns = touched[:n]
         scaled = row[columns] * scale[columns]
         row[columns] = 0
-        room = offsets[item + 1] - offsets[item]
-        if room < n:
-            best = np.sort(np.argsort(-scaled, kind="mergesort")[:room])
-            columns, scaled = columns[best], scaled[best]
-        index[offsets[item] : offsets[item + 1]] = columns
-        value[offsets[item] : offsets[item + 1]] = scaled
+        at, room = offsets[item], offsets[item + 1] - offsets[item]
+        bar = -np.partition(-scaled, room - 1)[room - 1] if n > room else 0.0
+        ties = room - (scaled > bar).sum()  # how many of those at the bar still fit
+        for p in range(n):
+            if scaled[p] == bar:
+                ties -= 1
+            if scaled[p] > bar or (scaled[p] == bar and ties >= 0):
+                index[at], value[at] = columns[p], scaled[p]
+                at += 1
     return index, value
 
 

@@ -34,7 +34,11 @@ def top_items(
         require_dense(banned, n)
         scores = scores.copy()
         scores[banned.owner, banned.item] = -np.inf
-    item, score = _best(np.ascontiguousarray(scores), min(k, n), tie_order(n, seed))
+    order = tie_order(n, seed)
+    item = _best(np.ascontiguousarray(scores), min(k, n), order)
+    score = np.where(item == MISSING, -np.inf, np.take_along_axis(scores, item, axis=1))
+    ranks = np.lexsort((order[item], -score), axis=1)
+    item, score = np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
     return Candidates(item, score.astype(np.float32), source)
 
 
@@ -62,22 +66,46 @@ def require_dense(histories: Histories, n_items: int) -> None:
 
 
 @njit(cache=True)
-def _best(
-    scores: np.ndarray, k: int, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover (compiled)
-    """(B, k) items and scores by (score falling, order rising); MISSING where the score is −inf."""
-    users = len(scores)
-    item = np.full((users, k), MISSING, np.int64)
-    score = np.full((users, k), -np.inf, scores.dtype)
-    if k == 0:
-        return item, score
+def _best(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:  # pragma: no cover (compiled)
+    """(B, k) the best items of each row in no order, MISSING after the last one above −inf."""
+    users, n_items = scores.shape
+    best = np.full((users, k), MISSING, np.int64)
     for b in range(users):
-        cost = -scores[b]
-        worst = np.partition(cost, k - 1)[k - 1]
-        # All that tie with the k-th are kept until the order among equals is known.
-        kept = np.flatnonzero((cost <= worst) & (cost < np.inf))
-        kept = kept[np.argsort(order[kept])]
-        kept = kept[np.argsort(cost[kept], kind="mergesort")][:k]
-        item[b, : len(kept)] = kept
-        score[b, : len(kept)] = scores[b][kept]
-    return item, score
+        row, heap = scores[b], best[b]  # once k are found, a heap with the worst of them on top
+        n, bar = 0, -np.inf
+        for i in range(n_items):
+            if row[i] < bar:
+                continue
+            if n < k:
+                if row[i] > -np.inf:
+                    heap[n] = i
+                    n += 1
+                    if n == k:
+                        for at in range(k // 2 - 1, -1, -1):
+                            _sift(heap, at, row, order)
+                        bar = row[heap[0]]
+            elif _worse(heap[0], i, row, order):
+                heap[0] = i
+                _sift(heap, 0, row, order)
+                bar = row[heap[0]]
+    return best
+
+
+@njit(cache=True)
+def _sift(
+    heap: np.ndarray, at: int, row: np.ndarray, order: np.ndarray
+) -> None:  # pragma: no cover (compiled)
+    """Let the item at `at` sink below all that are worse."""
+    while 2 * at + 1 < len(heap):
+        child = 2 * at + 1
+        if child + 1 < len(heap) and _worse(heap[child + 1], heap[child], row, order):
+            child += 1
+        if not _worse(heap[child], heap[at], row, order):
+            return
+        heap[child], heap[at] = heap[at], heap[child]
+        at = child
+
+
+@njit(cache=True)
+def _worse(a: int, b: int, row: np.ndarray, order: np.ndarray) -> bool:  # pragma: no cover (compiled)
+    return row[a] < row[b] or (row[a] == row[b] and order[a] > order[b])

@@ -1,0 +1,174 @@
+"""What every retriever promises. A new one joins with a line in RETRIEVERS: a function from a tiny world
+(training log, catalogue) to the fitted retriever."""
+
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import ConfigError, UnknownIdError
+from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, Repeats, TextNeighbours
+from tiglon.retrieval.retriever import Retriever
+from tiglon.types import MISSING, Histories, Interactions, Items, Vocabulary
+
+RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
+    "popularity": lambda log, items: Popularity().fit(log, items),
+    "text neighbours": lambda log, items: TextNeighbours().fit(log, items),
+    "co-occurrence": lambda log, items: CoOccurrence().fit(log, items),
+    "sum": lambda log, items: NeighbourSum().fit(log, items),
+    "repeats": lambda log, items: Repeats().fit(log, items),
+}
+
+N = 30
+KINDS = ["soap", "brush", "towel", "sponge", "comb"]
+
+
+def world(n_items=N, n_users=25, ids: Callable[[int], object] = lambda i: 1000 + i):
+    """Users who stay with one kind of item; item n−1 was never bought."""
+    rng = np.random.default_rng(0)
+    raw = [ids(i) for i in range(n_items)]
+    titles = [f"{KINDS[i % 5]} number {i % 3} of {KINDS[i % 5]} works" for i in range(n_items)]
+    items = Items(Vocabulary(raw), pl.DataFrame({"item_id": raw, "title": titles}))
+    kinds = rng.integers(0, 5, n_users)
+    bought = max(n_items - 1, 1)
+    lives = [(kind + 5 * rng.integers(0, 6, 8)) % bought for kind in kinds]
+    log = Interactions(
+        user=np.repeat(np.arange(n_users), 8).astype(np.int32),
+        item=np.concatenate(lives).astype(np.int32),
+        time=np.tile(np.array([1, 2, 3, 3, 4, 5, 5, 6]), n_users),
+        users=Vocabulary([f"user {u}" for u in range(n_users)]),
+        items=items.vocabulary,
+    )
+    return log, items
+
+
+@pytest.fixture(scope="module", params=RETRIEVERS.values(), ids=RETRIEVERS.keys())
+def factory(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def fitted(factory):
+    return factory(*world())
+
+
+@pytest.fixture(scope="module")
+def histories():
+    log, _ = world()
+    known = HistoryStore.build(log).before(np.arange(25))
+    return Histories.of([*known, [], [3], [N - 1], list(range(20)), [4, 4, 4, 4]])
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("k", [1, 7, N, 5 * N])
+def test_lists_are_valid(fitted, histories, k, exclude_seen):
+    found = fitted.retrieve(histories, k, exclude_seen=exclude_seen)
+    assert len(found) == len(histories)
+    assert found.item.shape[1] <= min(k, N)
+    assert found.source
+    for seen, items, scores in zip(histories, found.item, found.score, strict=True):
+        there = items != MISSING
+        assert (np.diff(there.astype(int)) <= 0).all()  # missing ones stand at the end
+        items, scores = items[there], scores[there]
+        assert ((items >= 0) & (items < N)).all()
+        assert len(np.unique(items)) == len(items)
+        assert np.isfinite(scores).all()
+        assert (np.diff(scores) <= 0).all()
+        if exclude_seen:
+            assert not np.isin(items, seen).any()
+
+
+def test_fewer_than_k_when_the_catalogue_has_fewer(fitted):
+    found = fitted.retrieve(Histories.of([[0, 1, 2]]), 5 * N)
+    assert 0 < (found.item != MISSING).sum() <= N - 3
+
+
+def test_a_shorter_list_begins_the_longer_one(fitted, histories):
+    np.testing.assert_array_equal(
+        fitted.retrieve(histories, 3).item, fitted.retrieve(histories, 9).item[:, :3]
+    )
+
+
+def test_a_user_alone_is_that_user_in_a_batch(fitted, histories):
+    together = fitted.retrieve(histories, 9)
+    for user, items in enumerate(histories):
+        alone = fitted.retrieve(Histories.of([items]), 9)
+        np.testing.assert_array_equal(alone.item[0], together.item[user])
+        np.testing.assert_allclose(alone.score[0], together.score[user], rtol=1e-5)
+
+
+def test_asked_twice_it_answers_the_same(fitted, factory, histories):
+    first = fitted.retrieve(histories, 9)
+    np.testing.assert_array_equal(fitted.retrieve(histories, 9).item, first.item)
+    np.testing.assert_array_equal(factory(*world()).retrieve(histories, 9).item, first.item)
+
+
+def test_nobody_asked(fitted):
+    assert len(fitted.retrieve(Histories.of([]), 5)) == 0
+
+
+@pytest.mark.parametrize(
+    "ids", [lambda i: 2**60 + 7 * i, lambda i: f"zahnbürste-{i}"], ids=["int64", "string"]
+)
+def test_people_meet_their_own_ids(factory, ids):
+    log, items = world(ids=ids)
+    retriever = factory(log, items)
+    raw = [ids(i) for i in range(N)]
+    (given,) = retriever.recommend(history=[[raw[3], raw[8], "never heard of", None]], k=4)
+    assert len(given) == 4
+    assert {item for item, _ in given} <= set(raw) - {raw[3], raw[8]}
+    assert given == retriever.recommend(history=[[raw[3], raw[8]]], k=4)[0]
+    dense = retriever.retrieve(Histories.of([[3, 8]]), 4)
+    assert [item for item, _ in given] == items.vocabulary.decode(dense.item[0])
+
+
+def test_known_users_are_answered_from_the_log(fitted):
+    log, _ = world()
+    if fitted.log is None:
+        fitted.log = HistoryStore.build(log)
+    store = HistoryStore.build(log)
+    found = fitted.recommend(["user 4", "user 2"], k=5, exclude_seen=False)
+    expected = fitted.retrieve(store.before(np.array([4, 2])), 5, exclude_seen=False)
+    assert [[item for item, _ in row] for row in found] == [log.items.decode(row) for row in expected.item]
+
+
+def test_an_unknown_user_is_told(fitted):
+    if fitted.log is None:
+        fitted.log = HistoryStore.build(world()[0])
+    with pytest.raises(UnknownIdError, match="unknown user 'nobody'"):
+        fitted.recommend(["nobody"])
+
+
+def test_a_history_or_a_log_is_asked_for(fitted):
+    with pytest.raises(ConfigError, match="neither a stored log nor a history"):
+        fitted.recommend()
+
+
+@pytest.mark.parametrize("k", [0, -3, 1.5])
+def test_a_bad_k_is_told(fitted, k):
+    for ask in (lambda: fitted.recommend(history=[[]], k=k), lambda: fitted.retrieve(Histories.of([[1]]), k)):
+        with pytest.raises(ConfigError, match="k is a whole number of at least 1"):
+            ask()
+
+
+def test_an_item_that_nobody_bought_is_no_error(fitted):
+    assert (fitted.retrieve(Histories.of([[N - 1]]), 5).item != N - 1).all()
+
+
+def test_saved_and_loaded_it_answers_the_same(fitted, histories, tmp_path):
+    fitted.save(tmp_path / "kept")
+    again = type(fitted).load(tmp_path / "kept")
+    assert again.items == fitted.items
+    before, after = fitted.retrieve(histories, 9), again.retrieve(histories, 9)
+    np.testing.assert_array_equal(after.item, before.item)
+    np.testing.assert_array_equal(after.score, before.score)
+    assert not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_catalogue_of_one_item(factory):
+    retriever = factory(*world(n_items=1, n_users=3))
+    histories = Histories.of([[], [0]])
+    assert retriever.retrieve(histories, 3, exclude_seen=False).item.max() == 0
+    assert (retriever.retrieve(histories, 3).item[1] == MISSING).all()
