@@ -43,7 +43,7 @@ from tiglon.data.split import moment_starts
 from tiglon.data.text import render
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
 from tiglon.retrieval.retriever import Retriever, require_k
-from tiglon.retrieval.topk import require_dense, top_items
+from tiglon.retrieval.topk import best_places, require_dense, tie_order, top_items
 from tiglon.types import Candidates, Histories, Interactions, Items, Vocabulary
 
 if TYPE_CHECKING:
@@ -423,7 +423,7 @@ def co_occurrence(interactions: Interactions, config: CoOccurrenceConfig) -> sp.
     sums, kept = _column_sums(log, config.backward, config.neighbours)
     scale = 1 / np.sqrt(sums + config.shrink)
     offsets = np.concatenate([[0], np.cumsum(kept)])
-    index, value = _strongest(log, config.backward, scale, offsets)
+    index, value = _strongest(log, config.backward, scale, offsets, tie_order(len(sums)))
     together = sp.csr_matrix((value, index, offsets), shape=(len(sums), len(sums)))
     together.sort_indices()
     return together
@@ -497,9 +497,9 @@ def _column_sums(
 
 @njit(cache=True)
 def _strongest(
-    log: _Log, backward: float, scale: np.ndarray, offsets: np.ndarray
+    log: _Log, backward: float, scale: np.ndarray, offsets: np.ndarray, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover (compiled)
-    """The kept columns and their scaled values, row after row; equal ones are kept as they come."""
+    """The kept columns and their scaled values, row after row."""
     n_items = len(scale)
     index, value = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     row, touched = np.zeros(n_items), np.empty(n_items, np.int64)
@@ -508,15 +508,12 @@ def _strongest(
         columns = touched[:n]
         scaled = row[columns] * scale[columns]
         row[columns] = 0
-        at, room = offsets[item], offsets[item + 1] - offsets[item]
-        bar = -np.partition(-scaled, room - 1)[room - 1] if n > room else 0.0
-        ties = room - (scaled > bar).sum()  # how many of those at the bar still fit
-        for p in range(n):
-            if scaled[p] == bar:
-                ties -= 1
-            if scaled[p] > bar or (scaled[p] == bar and ties >= 0):
-                index[at], value[at] = columns[p], scaled[p]
-                at += 1
+        start, end = offsets[item], offsets[item + 1]
+        if n > end - start:
+            best = best_places(scaled.reshape(1, n), end - start, order[columns])[0]
+            columns, scaled = columns[best], scaled[best]
+        index[start:end] = columns
+        value[start:end] = scaled
     return index, value
 
 

@@ -35,7 +35,7 @@ def top_items(
         scores = scores.copy()
         scores[banned.owner, banned.item] = -np.inf
     order = tie_order(n, seed)
-    item = _best(np.ascontiguousarray(scores), min(k, n), order)
+    item = best_places(np.ascontiguousarray(scores), min(k, n), order)
     score = np.where(item == MISSING, -np.inf, np.take_along_axis(scores, item, axis=1))
     ranks = np.lexsort((order[item], -score), axis=1)
     item, score = np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
@@ -66,8 +66,11 @@ def require_dense(histories: Histories, n_items: int) -> None:
 
 
 @njit(cache=True)
-def _best(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:  # pragma: no cover (compiled)
-    """(B, k) the best items of each row in no order, MISSING after the last one above −inf."""
+def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:  # pragma: no cover (compiled)
+    """(B, k) where the best scores of each row stand, in no order; MISSING after the last one above −inf.
+
+    order: (N,) which of two equal scores goes first, the lower.
+    """
     users, n_items = scores.shape
     best = np.full((users, k), MISSING, np.int64)
     for b in range(users):
