@@ -131,7 +131,8 @@ def test_sampling_draws_without_replacement_from_the_model():
         if beam is not None:
             before = np.take_along_axis(prefix, beam[..., None], axis=1)
             prefix = np.concatenate([before, code[..., None]], axis=2)
-        return tables[depth][(0, *np.moveaxis(prefix, 2, 0))]
+        row = np.zeros(prefix.shape[:2], np.int64)
+        return tables[depth][(row, *np.moveaxis(prefix, 2, 0))]
 
     draws = beam_search(step, trie, users, 2, width=2, seed=0).item
     share = np.bincount(draws.ravel(), minlength=6) / users

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, K, d)
+HIDDEN = float("-inf")  # the bias of a key that may not be seen
+PADDING = 1 << 20  # the moment of a place where there is no event: later than any, so seen by none
 
 
 def attend(q_BHQd: Tensor, kv: KeysValues, bias: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def beam_search(
     key = np.zeros((users, 1))  # what beams are ranked by: the score, perturbed when sampling
     beam = code = None
     for depth in range(trie.depth):
-        logits = step(depth, beam, code)
+        logits = np.ascontiguousarray(step(depth, beam, code), np.float32)
         if temperature != 1.0:
             logits = logits / np.float32(temperature)
         offsets, codes, children = trie.children(node.ravel(), depth)
@@ -76,10 +76,12 @@ def beam_search(
         noise = random.gumbel(size=len(codes)) if seed is not None else np.empty(0)
         shut = closed[depth] if closed else (np.zeros(users + 1, np.int64), np.empty(0, np.int64))
         beam, code, node, score, key = _select(
-            logits, total, node, score, key, offsets, codes, children, noise, *shut, width
+            logits, total, node, score, key, offsets, codes, children, noise, shut[0], shut[1], width
         )
         used = max(1, int((key > -np.inf).sum(axis=1).max(initial=1)))
-        beam, code, node, score, key = (x[:, :used] for x in (beam, code, node, score, key))
+        beam, code, node, score, key = (
+            np.ascontiguousarray(x[:, :used]) for x in (beam, code, node, score, key)
+        )
     return _candidates(trie, node, score, key, k, source)
 
 

@@ -23,6 +23,7 @@ K beams, M = B·K code sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,10 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiglon.nn.transformer import DecoderLayer, Dropout, EncoderLayer, KeysValues
-
-HIDDEN = float("-inf")
-PADDING = 1 << 20  # a moment later than any: no event and no target sees it
+from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
 
 
 @dataclass(frozen=True)
@@ -66,23 +64,43 @@ class CausalTiger(nn.Module):
         self.sizes = sizes
         S, P = len(sizes), c.positions
         offsets = torch.tensor([sum(sizes[:s]) for s in range(S)])
+        self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
         self.code = nn.Embedding(sum(sizes), c.width)
         self.start = nn.Parameter(torch.randn(P, c.width))  # state of an empty history
         self.begin = nn.Parameter(torch.randn(c.width))  # the decoder's first input
         block = (c.width, c.heads, c.head_width, c.hidden, c.dropout)
-        self.encoder = nn.ModuleList(EncoderLayer(*block) for _ in range(c.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(*block) for _ in range(c.decoder_layers))
+        encoder = [EncoderLayer(*block) for _ in range(c.encoder_layers)]
+        self.encoder: Sequence[EncoderLayer] = nn.ModuleList(encoder)  # type: ignore[assignment]
+        decoder = [DecoderLayer(*block) for _ in range(c.decoder_layers)]
+        self.decoder: Sequence[DecoderLayer] = nn.ModuleList(decoder)  # type: ignore[assignment]
         self.norm_encoder = nn.RMSNorm(c.width, eps=1e-6)
         self.norm_decoder = nn.RMSNorm(c.width, eps=1e-6)
         self.bias_encoder = nn.Parameter(torch.zeros(c.distances + 1, c.heads, P, P))
         self.bias_cross = nn.Parameter(torch.zeros(c.distances + 1, c.heads, S, P))
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
-        self.heads = nn.ModuleList(nn.Linear(c.width, size, bias=False) for size in sizes)
+        heads = [nn.Linear(c.width, size, bias=False) for size in sizes]
+        self.heads: Sequence[nn.Linear] = nn.ModuleList(heads)  # type: ignore[assignment]
         for head in self.heads:
             nn.init.normal_(head.weight, std=c.width**-0.5)
         nn.init.normal_(self.code.weight, std=1.0)
         self.dropout = Dropout(c.dropout)
+
+    @staticmethod
+    def windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
+        """Rows (start, stop, first target) of a log: whole lives, or overlapping halves of long ones.
+
+        Every event is a target once, the first of a life too (from the start state alone); in a life
+        longer than `window` it has at least half a window before it.
+        """
+        half = max(window // 2, 1)
+        length = np.diff(offsets)
+        pieces = np.where(length > 2 * half, -(-length // half) - 1, (length > 0).astype(np.int64))
+        life = np.repeat(np.arange(len(length)), pieces)
+        number = np.arange(len(life)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        start = offsets[life] + number * half
+        stop = np.minimum(start + 2 * half, offsets[life + 1])
+        return np.stack([start, stop, np.where(number > 0, start + half, start)], axis=1)
 
     # -- relative biases -----------------------------------------------------------------------
 
@@ -140,6 +158,24 @@ class CausalTiger(nn.Module):
             x = layer.over_history(x.reshape(B, L * S, -1), kv, bias)
         return self.dropout(self.norm_decoder(x)).reshape(B, L, S, -1)
 
+    def loss(
+        self, codes_BLS: Tensor, moment_BL: Tensor, target_BL: Tensor, allowed: list[Tensor] | None
+    ) -> Tensor:
+        """(T, S) −log p of each code of the T targets marked in `target_BL`, given the codes before it.
+
+        allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax
+            runs over them. None runs it over all V.
+        """
+        states_TSD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
+        truth_TS = codes_BLS[target_BL]
+        losses = []
+        for s, head in enumerate(self.heads):
+            logits_TV = head(states_TSD[:, s]).float()
+            if allowed is not None:
+                logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
+            losses.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
+        return torch.stack(losses, dim=1)
+
     def decoder_for(self, memory: Memory, moment_B: Tensor) -> CausalDecoder:
         """A step function for `beam_search`: B users at their present moments."""
         return CausalDecoder(self, memory, moment_B)
@@ -171,26 +207,3 @@ class CausalDecoder:
             x, self.past[i] = layer.over_codes(x.reshape(B * W, 1, -1), bias_self, self.past[i])
             x = layer.over_history(x.reshape(B, W, -1), kv, bias)
         return model.heads[depth](model.norm_decoder(x)).float().numpy()
-
-
-def loss(
-    model: CausalTiger,
-    codes_BLS: Tensor,
-    moment_BL: Tensor,
-    target_BL: Tensor,
-    allowed: list[Tensor] | None,
-) -> Tensor:
-    """(T, S) −log p of each code of the T targets marked in `target_BL`, given the codes before it.
-
-    allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax runs
-        over them. None runs it over all V.
-    """
-    states_TSD = model(model.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
-    truth_TS = codes_BLS[target_BL]
-    losses = []
-    for s, head in enumerate(model.heads):
-        logits_TV = head(states_TSD[:, s]).float()
-        if allowed is not None:
-            logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
-        losses.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
-    return torch.stack(losses, dim=1)

@@ -1,0 +1,405 @@
+"""TIGER as a retriever: learn to write the semantic ID of the next item, then decode it over the trie.
+
+The network is one of two: `CausalTiger` (all of a user's targets in one pass; the default) or
+`PaperTiger` (the paper's T5). This file is what both share: windows over the log, batches, training,
+decoding, items that arrive later, files.
+
+Letters: E events, B rows, L events of a row, S code positions, T targets, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.data.split import moment_starts
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.evaluation.protocol import evaluate
+from tiglon.nn.transformer import PADDING
+from tiglon.retrieval.beam import beam_search
+from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
+from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
+from tiglon.semantic_ids.catalog import SemanticIds
+from tiglon.semantic_ids.trie import Trie
+from tiglon.train.loop import Progress, TrainConfig, train
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TigerConfig:
+    model: CausalConfig | PaperConfig = field(default_factory=CausalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    window: int = 50  # most recent events read; paper: 20
+    batch_targets: int = 1024  # targets a step; paper: 256
+    beams: int = 50  # width when decoding; reproductions of the paper need 30 or more
+    renormalise: bool = True  # see `beam`; the training loss uses the same convention
+    validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
+
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_targets", "beams", "validation_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+
+
+class Batch(NamedTuple):
+    """Rows of events, oldest first, padded at the end.
+
+    item, moment: (B, L) int64, moment PADDING where there is no event.   target: (B, L) bool.
+    """
+
+    item: Tensor
+    moment: Tensor
+    target: Tensor
+
+
+class Tiger(Retriever):
+    """Retrieve by generating semantic IDs.
+
+    tiger = Tiger(ids, items.vocabulary).fit(split.train, split.validation)
+    tiger.recommend(["user 7"], k=10)
+    """
+
+    name = "tiger"
+
+    def __init__(self, ids: SemanticIds, items: Vocabulary, config: TigerConfig | None = None) -> None:
+        if len(ids) != len(items):
+            raise DataError(f"{len(ids)} semantic IDs for {len(items)} items")
+        self.config = config or TigerConfig()
+        self.ids, self.items = ids, items
+        self.trie = Trie.build(ids.codes, ids.sizes, ids.alive)
+        self.trained = ids.alive.copy()  # (N,) was the item there when the network learned?
+        torch.manual_seed(self.config.train.seed)
+        self.network: CausalTiger | PaperTiger = (
+            PaperTiger(ids.sizes, self.config.model)
+            if isinstance(self.config.model, PaperConfig)
+            else CausalTiger(ids.sizes, self.config.model)
+        ).eval()
+
+    @cached_property
+    def _codes(self) -> Tensor:
+        return torch.from_numpy(self.ids.codes.astype(np.int64))
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        interactions: Interactions,
+        validation: Targets | None = None,
+        *,
+        directory: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Tiger:
+        """Learn from the training events; keep the weights that are best on `validation`.
+
+        directory: for checkpoints; the same call on the same directory goes on where it stopped.
+        Raises DataError where the log numbers items otherwise or holds nothing to learn from.
+        """
+        if interactions.items != self.items:
+            raise DataError(
+                "a log whose items are not those of the semantic IDs",
+                fix="Call tiglon.data.events.align(interactions, items) first",
+            )
+        log = HistoryStore.build(interactions)
+        moment = moments(interactions)
+        windows = self.network.windows(log.offsets, moment, self.config.window)
+        if not len(windows):
+            raise DataError("a log without any event to predict", rule="A target has an event before it")
+        c = self.config
+        choose = np.random.default_rng(c.train.seed)
+        sample = None
+        if validation is not None and len(validation):
+            rows = np.sort(choose.permutation(len(validation))[: c.validation_users])
+            sample = take(validation, rows)
+
+        def epoch_batches(epoch: int) -> Sequence[Batch]:
+            return _Batches(log.item, moment, windows, c.batch_targets, [c.train.seed, epoch])
+
+        def validate() -> float:
+            assert sample is not None
+            found = evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512)
+            return found.metrics["ndcg@10"]
+
+        self.history = train(
+            self.network,
+            epoch_batches,
+            lambda network, batch: self.loss(batch).sum(dim=1),
+            validate if sample is not None else None,
+            c.train,
+            directory,
+            report,
+        )
+        self.log = log
+        return self
+
+    def loss(self, batch: Batch) -> Tensor:
+        """(T, S) −log p of each code of the batch's T targets; a row's sum is −log p(item)."""
+        allowed = self._allowed(batch.item[batch.target]) if self.config.renormalise else None
+        return self.network.loss(self._codes[batch.item], batch.moment, batch.target, allowed)
+
+    def _allowed(self, items: Tensor) -> list[Tensor]:
+        """For each position the codes (T, V) that exist below each item's prefix."""
+        masks = []
+        rows = items.numpy()
+        for depth, size in enumerate(self.ids.sizes):
+            offsets, codes, _ = self.trie.children(self._paths[depth][rows], depth)
+            mask = torch.zeros(len(rows), size, dtype=torch.bool)
+            mask[
+                torch.from_numpy(np.repeat(np.arange(len(rows)), np.diff(offsets))),
+                torch.from_numpy(codes).long(),
+            ] = True
+            masks.append(mask)
+        return masks
+
+    @cached_property
+    def _paths(self) -> list[np.ndarray]:
+        """For each depth 0 … S−1 the trie's node on the way to each item (N,)."""
+        return [self.trie.find(self.ids.codes[:, :depth]) for depth in range(self.trie.depth)]
+
+    # -- answering -----------------------------------------------------------------------------
+
+    def retrieve(
+        self,
+        histories: Histories,
+        k: int,
+        *,
+        exclude_seen: bool = True,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> Candidates:
+        """The k most likely next items; scores are log-probabilities (under `temperature`).
+
+        seed: draw the items without replacement from the model, for variety, in place of the best.
+        """
+        require_k(k)
+        k = min(k, len(self.trie))
+        found_item = np.full((len(histories), k), MISSING, np.int64)
+        found_score = np.full((len(histories), k), -np.inf, np.float32)
+        order = np.argsort(histories.lengths, kind="stable")
+        for start in range(0, len(order), 64):
+            rows = np.sort(order[start : start + 64])
+            some = rows_of(histories, rows)
+            step = self._step(some)
+            best = beam_search(
+                step,
+                self.trie,
+                len(some),
+                k,
+                width=max(k, self.config.beams),
+                seen=some if exclude_seen else None,
+                seen_codes=self.ids.codes[some.item],
+                renormalise=self.config.renormalise,
+                temperature=temperature,
+                seed=None if seed is None else seed + start,
+                source=self.name,
+            )
+            found_item[rows], found_score[rows] = best.item, best.score
+        return Candidates(found_item, found_score, self.name)
+
+    @torch.inference_mode()
+    def _step(self, histories: Histories) -> Any:
+        some = histories.last(self.config.window)
+        lengths = some.lengths
+        width = int(lengths.max(initial=0))
+        at = some.offsets[:-1, None] + np.arange(width)
+        real = np.arange(width) < lengths[:, None]
+        item = np.where(real, some.item[np.where(real, at, 0)], 0) if width else np.zeros(at.shape, np.int64)
+        moment = np.where(real, histories_moments(some)[np.where(real, at, 0)], PADDING) if width else item
+        now = np.where(lengths > 0, np.where(real, moment, -1).max(axis=1, initial=-1) + 1, 0)
+        network: Any = self.network
+        memory = network.encode(self._codes[torch.from_numpy(item)], torch.from_numpy(moment))
+        return network.decoder_for(memory, torch.from_numpy(now))
+
+    # -- items that arrive later -----------------------------------------------------------------
+
+    def add_items(self, items: Vocabulary, codes: np.ndarray) -> None:
+        """Make new items recommendable at once, by their codes (M, S−1) of the frozen tokenizer.
+
+        items: the whole new vocabulary, old ids first. The network is left as it is.
+        Raises DataError where old ids moved, CapacityError where a collision group is full.
+        """
+        old = len(self.items)
+        if not items.raw.slice(0, old).equals(self.items.raw):
+            raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
+        ids = self.ids.add(codes, Vocabulary(items.raw.slice(old)))
+        self.trie = self.trie.add(ids.codes[old:], np.arange(old, len(items)))
+        self.trained = np.concatenate([self.trained, np.zeros(len(items) - old, bool)])
+        self.ids, self.items = ids, items
+        self._forget()
+
+    def remove_items(self, items: np.ndarray) -> None:
+        """Never recommend these dense items again; their IDs are not given to others."""
+        self.ids, self.trie = self.ids.remove(items), self.trie.remove(items)
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in ("_codes", "_paths"):
+            self.__dict__.pop(name, None)
+
+    def with_unseen(self, found: Candidates, share: float) -> Candidates:
+        """TIGER's rule for new items (§4.3): one whose codes, but for the collision digit, begin those of
+        a generated item enters the list right after it; at most ⌊share · K⌋ of the K.
+
+        found: what `retrieve` gave; items that came after training are dropped from it first.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"a share of {share}", rule="A share lies in 0 … 1")
+        users, k = found.item.shape
+        room = int(share * k)
+        item, score = np.full_like(found.item, MISSING), np.full_like(found.score, -np.inf)
+        prefixes = self.ids.codes[:, :-1]
+        new = np.flatnonzero(~self.trained & self.ids.alive)
+        under: dict[bytes, list[int]] = {}
+        for i in new:
+            under.setdefault(prefixes[i].tobytes(), []).append(int(i))
+        for b in range(users):
+            row: list[tuple[int, float]] = []
+            added: set[int] = set()
+            for i, s in zip(found.item[b], found.score[b], strict=True):
+                if i == MISSING or not self.trained[i]:
+                    continue
+                row.append((int(i), float(s)))
+                for j in under.get(prefixes[i].tobytes(), ()):
+                    if len(added) < room and j not in added:
+                        added.add(j)
+                        row.append((j, float(s)))
+            row = row[:k]
+            item[b, : len(row)] = [i for i, _ in row]
+            score[b, : len(row)] = [s for _, s in row]
+        return Candidates(item, score, found.source)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder, all of it or nothing; `log` is not part of it. Raises StorageError."""
+        with written_aside(Path(directory)) as aside:
+            kind = "paper" if isinstance(self.config.model, PaperConfig) else "causal"
+            about = {"format": FORMAT, "kind": "Tiger", "network": kind, "config": asdict(self.config)}
+            (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
+            pq.write_table(
+                pa.table({"item_id": self.items.raw, "trained": self.trained}), aside / "items.parquet"
+            )
+            self.ids.save(aside)
+            save_file(self.network.state_dict(), aside / "network.safetensors")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tiger:
+        """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"a retriever of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            settings = about["config"]
+            model = (PaperConfig if about["network"] == "paper" else CausalConfig)(**settings.pop("model"))
+            training = settings.pop("train")
+            training["betas"] = tuple(training["betas"])
+            config = TigerConfig(model=model, train=TrainConfig(**training), **settings)
+            table = pq.read_table(directory / "items.parquet")
+            self = cls(SemanticIds.load(directory), Vocabulary(table["item_id"]), config)
+            self.trained = table["trained"].to_numpy()
+            self.network.load_state_dict(load_file(directory / "network.safetensors"))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, (BundleDamagedError, BundleVersionError)):
+                raise
+            raise BundleDamagedError(
+                f"the retriever in {directory} cannot be read: {error}",
+                rule="A Tiger has retriever.json, items.parquet, ids.safetensors and network.safetensors",
+                fix="Copy the folder again, or fit anew",
+            ) from error
+        return self
+
+
+# -- windows and batches -----------------------------------------------------------------------------
+
+
+def moments(log: Interactions) -> np.ndarray:
+    """(E,) which moment of its user's life each event belongs to, from 0; a basket is one moment."""
+    starts = moment_starts(log)
+    number = np.zeros(len(log), np.int64)
+    number[starts] = 1
+    number = np.cumsum(number) - 1
+    first = np.searchsorted(log.user, np.arange(len(log.users)))
+    return number - number[np.minimum(first, len(log) - 1)][log.user] if len(log) else number
+
+
+def histories_moments(histories: Histories) -> np.ndarray:
+    """(T,) the same for histories: 0 is the oldest moment that is there."""
+    owner, time = histories.owner, histories.time
+    new = np.ones(len(owner), np.int64)
+    new[1:] = (owner[1:] != owner[:-1]) | (time[1:] != time[:-1])
+    number = np.cumsum(new)
+    return (
+        number - number[histories.offsets[:-1].clip(max=max(len(number) - 1, 0))][owner]
+        if len(number)
+        else number
+    )
+
+
+class _Batches(Sequence[Batch]):
+    """The batches of one epoch: rows of similar length together, in an order drawn by the seed."""
+
+    def __init__(
+        self, item: np.ndarray, moment: np.ndarray, windows: np.ndarray, targets: int, seed: list[int]
+    ) -> None:
+        self.item, self.moment, self.windows = item, moment, windows
+        random = np.random.default_rng(seed)
+        length = windows[:, 1] - windows[:, 0]
+        order = np.argsort(length + 2 * random.random(len(windows)), kind="stable")
+        number = np.cumsum(windows[order, 1] - windows[order, 2]) // targets
+        cuts = np.flatnonzero(np.diff(number)) + 1
+        groups = np.split(order, cuts)
+        self.groups = [groups[i] for i in random.permutation(len(groups))]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return (self[i] for i in range(*index.indices(len(self))))
+        return collate(self.item, self.moment, self.windows[self.groups[index]])
+
+
+def collate(item: np.ndarray, moment: np.ndarray, windows: np.ndarray) -> Batch:
+    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch."""
+    start, stop, first = windows.T
+    width = int((stop - start).max())
+    at = start[:, None] + np.arange(width)
+    real = at < stop[:, None]
+    at = np.where(real, at, start[:, None])
+    row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
+    target = real & (at >= first[:, None])
+    return Batch(*map(torch.from_numpy, (item[at].astype(np.int64), row_moment.astype(np.int64), target)))
+
+
+def rows_of(histories: Histories, rows: np.ndarray) -> Histories:
+    """The histories of some users, in the order given."""
+    lengths = histories.lengths[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    at = np.arange(offsets[-1]) + np.repeat(histories.offsets[rows] - offsets[:-1], lengths)
+    features = {name: value[at] for name, value in histories.features.items()}
+    return Histories(offsets, histories.item[at], histories.time[at], features)
+
+
+def take(targets: Targets, rows: np.ndarray) -> Targets:
+    """Some of the users."""
+    return Targets(targets.user[rows], rows_of(targets.histories, rows), rows_of(targets.truth, rows))

@@ -1,0 +1,245 @@
+"""The training loop: one function that knows neither models nor data.
+
+Determinism. A run is a function of its seed: the batches of an epoch are a function of (seed, epoch), and
+the generator's state travels in the checkpoint, so a run that was killed and resumed ends with the same
+weights as one that was not (unless `minutes` is set: then the clock decides how long the schedule is).
+
+Mixed precision is torch's autocast to bfloat16; weights, gradients and optimizer stay float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tiglon.errors import ConfigError
+from tiglon.train import checkpoint
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 40
+    minutes: float | None = None  # stop, fully annealed, when the first of the two is reached
+    lr: float = 1e-3
+    final_lr: float = 0.05  # share of lr at the end of the cosine
+    warmup: float = 0.05  # share of the run
+    weight_decay: float = 0.05  # on matrices
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0  # norm of the whole gradient
+    average: float = (
+        0.999  # decay of the weights' moving average, which is what is validated and kept; 0: none
+    )
+    bfloat16: bool = True
+    evaluations: int = 8  # times the validation is read, evenly spaced
+    checkpoint_minutes: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.evaluations < 1 or (self.minutes is not None and self.minutes <= 0):
+            raise ConfigError(
+                f"epochs={self.epochs}, evaluations={self.evaluations}, minutes={self.minutes}",
+                rule="All are above 0",
+            )
+        if self.lr <= 0 or not 0 <= self.average < 1:
+            raise ConfigError(f"lr={self.lr}, average={self.average}", rule="lr > 0 and 0 ≤ average < 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a caller may show: `share` of the run done (0 … 1), the running loss, examples a second."""
+
+    share: float
+    epoch: int
+    loss: float | None
+    examples_per_second: float
+    score: float | None  # of the last validation
+    best: float | None
+
+
+def train(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Sequence[Batch]],
+    loss_fn: Callable[[Any, Batch], Tensor],
+    validate: Callable[[], float] | None,
+    config: TrainConfig,
+    directory: Path | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place and leave its best weights in it; the history of losses and scores.
+
+    epoch_batches: the batches of an epoch (0, 1, …), the same whenever asked.
+    loss_fn: (model, batch) → (n,) losses of the batch's n examples; their mean is minimised.
+    validate: reads the model as it is at that moment (averaged weights, eval mode); higher is better.
+        None keeps the last weights.
+    directory: for checkpoint.safetensors, from which a later call goes on, and metrics.jsonl.
+    """
+    torch.manual_seed(config.seed)
+    run = _Run(model, config)
+    path = directory / "checkpoint.safetensors" if directory else None
+    if path and path.exists():
+        run.restore(*checkpoint.load(path))
+    total = max(len(epoch_batches(0)), 1) * config.epochs
+    batches = epoch_batches(run.epoch)
+    milestone = math.floor(run.share(total) * config.evaluations + 1e-9) + 1
+    began, saved, shown = time.monotonic() - run.seconds, time.monotonic(), time.monotonic()
+    examples = since = 0
+    while not run.done:
+        model.train()
+        for batch in batches[run.step - run.epoch_start :]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+                losses = loss_fn(model, batch)
+            run.update(losses.mean(), run.share(total))
+            value, n = losses.detach().mean().item(), len(losses)
+            run.loss = value if run.loss is None else run.loss + 0.05 * (value - run.loss)
+            examples += n
+            run.seconds = time.monotonic() - began
+            share = run.share(total)
+            if share >= milestone / config.evaluations or share >= 1.0:
+                run.evaluate(validate)
+                began = time.monotonic() - run.seconds  # validation is not training time
+                milestone = math.floor(share * config.evaluations + 1e-9) + 1
+                model.train()
+                run.done = share >= 1.0
+                if directory:
+                    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(run.history[-1]) + "\n")
+            now = time.monotonic()
+            if report and (now - shown > 1.0 or run.done):
+                speed = (examples - since) / max(now - shown, 1e-9)
+                shown, since = now, examples
+                score = run.history[-1]["score"] if run.history else None
+                report(Progress(min(share, 1.0), run.epoch, run.loss, speed, score, run.best_score))
+            if path and (run.done or now - saved > 60 * config.checkpoint_minutes):
+                checkpoint.save(path, *run.state())
+                saved = time.monotonic()
+            if run.done:
+                break
+        run.epoch, run.epoch_start = run.epoch + 1, run.step
+        if not run.done:
+            batches = epoch_batches(run.epoch)
+    run.finish()
+    return {"history": run.history, "steps": run.step, "seconds": run.seconds, "best": run.best_score}
+
+
+class _Run:
+    """All that changes while training, and how it is put into a checkpoint and taken out again."""
+
+    PLAIN = ("epoch", "epoch_start", "step", "seconds", "done", "loss", "best_score", "history")
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.model, self.config = model, config
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for name, p in self.named.items() if p.ndim > 1 and "bias" not in name]
+        others = [p for name, p in self.named.items() if p.ndim <= 1 or "bias" in name]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.named.items()} if config.average else {}
+        self.best: dict[str, Tensor] = {}
+        self.best_score: float | None = None
+        self.epoch = self.epoch_start = self.step = 0
+        self.loss: float | None = None  # running mean
+        self.seconds = 0.0
+        self.done = False
+        self.history: list[dict[str, Any]] = []
+
+    def share(self, total: int) -> float:
+        """How much of the run is over, by steps or by the clock, whichever is further."""
+        by_clock = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return max(self.step / total, by_clock)
+
+    def update(self, loss: Tensor, share: float) -> None:
+        c = self.config
+        cosine = c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        warm = min(1.0, (share + 1e-3) / c.warmup) if c.warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * warm * cosine
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.named.values(), c.clip)
+        self.optimizer.step()
+        self.step += 1
+        if self.average:
+            decay = min(c.average, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.named.values()), 1 - decay)
+
+    def evaluate(self, validate: Callable[[], float] | None) -> None:
+        current = {name: p.detach().clone() for name, p in self.named.items()}
+        kept = self.average or current
+        self._put(kept)
+        self.model.eval()
+        generator = torch.get_rng_state()
+        score = validate() if validate else None
+        torch.set_rng_state(generator)
+        self._put(current)
+        if score is None or self.best_score is None or score > self.best_score:
+            self.best_score = score
+            self.best = {name: value.clone() for name, value in kept.items()}
+        self.history.append(
+            {
+                "step": self.step,
+                "epoch": self.epoch,
+                "loss": self.loss,
+                "score": score,
+                "seconds": self.seconds,
+            }
+        )
+
+    def finish(self) -> None:
+        self._put(self.best)
+        self.model.eval()
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(values[name])
+
+    # -- checkpoint ----------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {"generator": torch.get_rng_state()}
+        for prefix, group in (("now", self.named), ("average", self.average), ("best", self.best)):
+            tensors |= {f"{prefix}/{name}": value.detach() for name, value in group.items()}
+        for name, p in self.named.items():
+            tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[p].items()}
+        head = {
+            name: getattr(self, name)
+            for name in ("epoch", "step", "seconds", "done", "best_score", "history")
+        }
+        return tensors, head | {"config": asdict(self.config)}
+
+    def restore(self, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(asdict(self.config)))
+        if head["config"] != ours:
+            changed = sorted(key for key in ours if ours[key] != head["config"].get(key))
+            raise ConfigError(
+                f"a checkpoint of another training ({', '.join(changed)} differ)",
+                rule="A run goes on with the settings it began with",
+                fix="Delete the checkpoint to start anew",
+            )
+        for name in self.PLAIN:
+            setattr(self, name, head[name])
+        groups: dict[str, dict[str, Tensor]] = {"now": {}, "average": {}, "best": {}}
+        for key, value in tensors.items():
+            prefix, _, name = key.partition("/")
+            if prefix in groups:
+                groups[prefix][name] = value
+            elif prefix == "adam":
+                state, _, name = name.partition("/")
+                self.optimizer.state[self.named[name]][state] = value
+        self.average, self.best = groups["average"], groups["best"]
+        self._put(groups["now"])
+        torch.set_rng_state(tensors["generator"])
