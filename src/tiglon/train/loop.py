@@ -215,10 +215,7 @@ class _Run:
             tensors |= {f"{prefix}/{name}": value.detach() for name, value in group.items()}
         for name, p in self.named.items():
             tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[p].items()}
-        head = {
-            name: getattr(self, name)
-            for name in ("epoch", "step", "seconds", "done", "best_score", "history")
-        }
+        head = {name: getattr(self, name) for name in self.PLAIN}
         return tensors, head | {"config": asdict(self.config)}
 
     def restore(self, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
