@@ -118,8 +118,8 @@ class PaperTiger(nn.Module):
         token, real = self.tokens(codes_BLS, moment_BL < PADDING, user_B)
         if token.shape[1] == 0:  # nobody has a past: one hidden-from-nobody padding token
             token, real = token.new_zeros(len(token), 1), real.new_ones(len(token), 1)
-        real[:, 0] |= ~real.any(dim=1)  # an empty history reads its first padding, the same for all
         token = torch.where(real, token, 0)
+        real[:, 0] |= ~real.any(dim=1)  # an empty history reads one padding token, the same for all
         x = self.dropout(self.token(token))
         at = torch.arange(x.shape[1])
         bias = self.bias_encoder(t5_bucket(at[None, :] - at[:, None])).permute(2, 0, 1)
