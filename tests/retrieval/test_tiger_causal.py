@@ -29,7 +29,7 @@ LIVES = [
 ]
 
 
-def network(positions=1, seed=0):
+def network(codes=CODES, seed=0):
     """A small one with random biases: at 0, where they begin, a wrong bias would not show."""
     torch.manual_seed(seed)
     config = CausalConfig(
@@ -41,17 +41,17 @@ def network(positions=1, seed=0):
         decoder_layers=2,
         dropout=0.3,
         distances=12,
-        positions=positions,
     )
-    model = CausalTiger(SIZES, config)
+    model = CausalTiger(SIZES, config, None if codes is None else codes.numpy())
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name:
                 p.normal_()
+        model.prefix.weight[1:].normal_(std=0.5)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[1, len(SIZES)], ids=["an item at a time", "a code at a time"])
+@pytest.fixture(scope="module", params=[CODES, CODES[:9], None], ids=["prefixes", "some new", "no prefixes"])
 def model(request):
     return network(request.param)
 
@@ -163,20 +163,20 @@ def test_the_first_event_is_predicted_from_the_start_state_alone(model):
     target = torch.tensor([[True, False]])
     model.loss(codes, moment, target, None).sum().backward()
     assert model.start.grad.abs().max() > 0
-    never_read = CODES[6, -1] + sum(SIZES[:-1])  # the last code of an item is read by no decoder
-    assert model.code.weight.grad[never_read].abs().max() == 0
 
 
 def test_labels_mean_nothing(model):
-    """Other names for the codes of each level, in embeddings and heads alike: the same losses."""
+    """Other names for the codes of each level: the same losses."""
     before = losses(model, LIVES, renormalise=True)
-    renamed = network(model.config.positions)
     names = [torch.from_numpy(np.random.default_rng(s).permutation(size)) for s, size in enumerate(SIZES)]
+    new_codes = torch.stack([name[CODES[:, s]] for s, name in enumerate(names)], dim=-1)
+    known = (model.nodes(CODES)[:, -1] > 0).numpy()
+    renamed = network(new_codes[known] if known.any() else None)
     with torch.no_grad():
+        renamed.prefix.weight[renamed.nodes(new_codes)] = model.prefix.weight[model.nodes(CODES)]
         for s, name in enumerate(names):
             at = int(model.offsets[s])
             renamed.code.weight[at + name] = model.code.weight[at : at + SIZES[s]]
-            renamed.heads[s].weight[name] = model.heads[s].weight
         codes, moment = batch(LIVES)
         allowed = below([i for life in LIVES for i, _ in life])
         for s, name in enumerate(names):
@@ -188,10 +188,9 @@ def test_labels_mean_nothing(model):
     torch.testing.assert_close(after, torch.cat(before), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", [1, len(SIZES)])
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_gradients_are_finite_and_reach_every_parameter(positions, bfloat16):
-    model = network(positions).train()
+def test_gradients_are_finite_and_reach_every_parameter(bfloat16):
+    model = network().train()
     codes, moment = batch(LIVES, width=30)
     allowed = below([i for life in LIVES for i, _ in life])
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -203,6 +202,38 @@ def test_gradients_are_finite_and_reach_every_parameter(positions, bfloat16):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
+
+
+# -- prefixes ----------------------------------------------------------------------------------------
+
+
+def test_every_prefix_of_a_trained_item_has_one_row_and_new_ones_have_none():
+    model = network(CODES[:9])
+    rows = model.nodes(CODES)
+    assert (rows[:, 0] == 0).all()
+    named = {}
+    for i, codes in enumerate(CODES.tolist()):
+        for s in range(1, len(SIZES)):
+            prefix = tuple(codes[: s + 1])
+            trained = any(tuple(other[: s + 1]) == prefix for other in CODES[:9].tolist())
+            assert (rows[i, s] > 0) == trained
+            if trained:
+                assert named.setdefault(prefix, rows[i, s].item()) == rows[i, s].item()
+    assert len(set(named.values())) == len(named) == model.prefix.weight.shape[0] - 1
+
+
+def test_logits_are_products_with_code_plus_prefix_vectors():
+    model = network(CODES[:9])
+    x = torch.randn(N, 16)
+    for s in range(len(SIZES)):
+        found = model.logits(x, CODES[:, :s])
+        for i in range(N):
+            for c in range(SIZES[s]):
+                written = torch.cat([CODES[i, :s], torch.tensor([c])])
+                vector = (
+                    model.code.weight[model.offsets[s] + c] + model.prefix.weight[model.nodes(written)[-1]]
+                )
+                torch.testing.assert_close(found[i, c], x[i] @ vector, rtol=1e-4, atol=1e-5)
 
 
 # -- decoding ----------------------------------------------------------------------------------------

@@ -77,18 +77,25 @@ class Tiger(Retriever):
 
     name = "tiger"
 
-    def __init__(self, ids: SemanticIds, items: Vocabulary, config: TigerConfig | None = None) -> None:
+    def __init__(
+        self,
+        ids: SemanticIds,
+        items: Vocabulary,
+        config: TigerConfig | None = None,
+        trained: np.ndarray | None = None,
+    ) -> None:
+        """trained: (N,) bool, the items that the network learns from; by default all that are alive."""
         if len(ids) != len(items):
             raise DataError(f"{len(ids)} semantic IDs for {len(items)} items")
         self.config = config or TigerConfig()
         self.ids, self.items = ids, items
         self.trie = Trie.build(ids.codes, ids.sizes, ids.alive)
-        self.trained = ids.alive.copy()  # (N,) was the item there when the network learned?
+        self.trained = ids.alive.copy() if trained is None else trained
         torch.manual_seed(self.config.train.seed)
         self.network: CausalTiger | PaperTiger = (
             PaperTiger(ids.sizes, self.config.model)
             if isinstance(self.config.model, PaperConfig)
-            else CausalTiger(ids.sizes, self.config.model)
+            else CausalTiger(ids.sizes, self.config.model, ids.codes[self.trained])
         ).eval()
 
     @cached_property
@@ -315,8 +322,8 @@ class Tiger(Retriever):
             training["betas"] = tuple(training["betas"])
             config = TigerConfig(model=model, train=TrainConfig(**training), **settings)
             table = pq.read_table(directory / "items.parquet")
-            self = cls(SemanticIds.load(directory), Vocabulary(table["item_id"]), config)
-            self.trained = table["trained"].to_numpy()
+            trained = table["trained"].to_numpy()
+            self = cls(SemanticIds.load(directory), Vocabulary(table["item_id"]), config, trained)
             self.network.load_state_dict(load_file(directory / "network.safetensors"))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, (BundleDamagedError, BundleVersionError)):
