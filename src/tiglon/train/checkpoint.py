@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from tiglon.errors import BundleDamagedError, StorageError
 
 def save(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
     """Write beside `path`, flush to the disk, rename. Raises StorageError; the old file then stays."""
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    _replace(path, lambda aside: save_file(whole, aside, {"head": json.dumps(head)}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for a text file."""
+    _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()}, aside, {"head": json.dumps(head)}
-        )
+        write(aside)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

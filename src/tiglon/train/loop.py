@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, DataError
 from tiglon.train import checkpoint
 
 Batch = TypeVar("Batch")
@@ -74,6 +74,7 @@ def train(
     config: TrainConfig,
     directory: Path | None = None,
     report: Callable[[Progress], None] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and leave its best weights in it; the history of losses and scores.
 
@@ -82,13 +83,18 @@ def train(
     validate: reads the model as it is at that moment (averaged weights, eval mode); higher is better.
         None keeps the last weights.
     directory: for checkpoint.safetensors, from which a later call goes on, and metrics.jsonl.
+    about: what else the run depends on (data, sizes …), as JSON; a checkpoint of another is refused.
+    Raises DataError where there is nothing to learn from, ConfigError for a checkpoint of another run,
+    BundleDamagedError for a damaged one, StorageError where the disk refuses.
     """
     torch.manual_seed(config.seed)
-    run = _Run(model, config)
+    run = _Run(model, config, about or {})
     path = directory / "checkpoint.safetensors" if directory else None
     if path and path.exists():
         run.restore(*checkpoint.load(path))
-    total = max(len(epoch_batches(0)), 1) * config.epochs
+    total = len(epoch_batches(0)) * config.epochs
+    if not total:
+        raise DataError("an epoch without batches", rule="There is at least one example to learn from")
     batches = epoch_batches(run.epoch)
     milestone = math.floor(run.share(total) * config.evaluations + 1e-9) + 1
     began, saved, shown = time.monotonic() - run.seconds, time.monotonic(), time.monotonic()
@@ -111,8 +117,8 @@ def train(
                 model.train()
                 run.done = share >= 1.0
                 if directory:
-                    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(run.history[-1]) + "\n")
+                    lines = "".join(json.dumps(line) + "\n" for line in run.history)
+                    checkpoint.write_text(directory / "metrics.jsonl", lines)
             now = time.monotonic()
             if report and (now - shown > 1.0 or run.done):
                 speed = (examples - since) / max(now - shown, 1e-9)
@@ -136,8 +142,10 @@ class _Run:
 
     PLAIN = ("epoch", "epoch_start", "step", "seconds", "done", "loss", "best_score", "history")
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: nn.Module, config: TrainConfig, about: dict[str, Any]) -> None:
+        self.model = model
+        self.settings = json.loads(json.dumps({**asdict(config), **about}))
+        self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in self.named.items() if p.ndim > 1 and "bias" not in name]
         others = [p for name, p in self.named.items() if p.ndim <= 1 or "bias" in name]
@@ -216,15 +224,15 @@ class _Run:
         for name, p in self.named.items():
             tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[p].items()}
         head = {name: getattr(self, name) for name in self.PLAIN}
-        return tensors, head | {"config": asdict(self.config)}
+        return tensors, head | {"settings": self.settings}
 
     def restore(self, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
-        ours = json.loads(json.dumps(asdict(self.config)))
-        if head["config"] != ours:
-            changed = sorted(key for key in ours if ours[key] != head["config"].get(key))
+        ours, theirs = self.settings, head.get("settings", {})
+        if ours != theirs:
+            changed = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
             raise ConfigError(
                 f"a checkpoint of another training ({', '.join(changed)} differ)",
-                rule="A run goes on with the settings it began with",
+                rule="A run goes on with the settings and the data it began with",
                 fix="Delete the checkpoint to start anew",
             )
         for name in self.PLAIN:
@@ -234,9 +242,14 @@ class _Run:
             prefix, _, name = key.partition("/")
             if prefix in groups:
                 groups[prefix][name] = value
-            elif prefix == "adam":
-                state, _, name = name.partition("/")
-                self.optimizer.state[self.named[name]][state] = value
+        shapes = {name: value.shape for name, value in groups["now"].items()}
+        if shapes != {name: p.shape for name, p in self.named.items()}:
+            raise ConfigError("a checkpoint of another network", fix="Delete the checkpoint to start anew")
         self.average, self.best = groups["average"], groups["best"]
         self._put(groups["now"])
+        for key, value in tensors.items():
+            prefix, _, name = key.partition("/")
+            if prefix == "adam":
+                state, _, name = name.partition("/")
+                self.optimizer.state[self.named[name]][state] = value
         torch.set_rng_state(tensors["generator"])
