@@ -5,6 +5,7 @@ A run that is killed at any moment, even while it writes, goes on from the last 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise StorageError(
             f"cannot write {path}: {error}", fix="Free some disk space and run the same command again"
         ) from error

@@ -245,7 +245,9 @@ class _Run:
         shapes = {name: value.shape for name, value in groups["now"].items()}
         if shapes != {name: p.shape for name, p in self.named.items()}:
             raise ConfigError("a checkpoint of another network", fix="Delete the checkpoint to start anew")
-        self.average, self.best = groups["average"], groups["best"]
+        if self.average:  # in the order of `named`, which a file does not keep
+            self.average = {name: groups["average"][name] for name in self.named}
+        self.best = groups["best"]
         self._put(groups["now"])
         for key, value in tensors.items():
             prefix, _, name = key.partition("/")
