@@ -31,7 +31,7 @@ class TiglonError(Exception):
 
     def __str__(self) -> str:
         parts = [self.given, self.rule, self.fix]
-        return " ".join(part.rstrip(".") + "." for part in parts if part)
+        return " ".join(part if part.endswith("?") else part.rstrip(".") + "." for part in parts if part)
 
 
 class DataError(TiglonError, ValueError):

@@ -1,0 +1,264 @@
+"""The command line: argument parsing only. Every command is a call that you could write.
+
+Exit status 0, 1 where something is wrong with what was given (one message on stderr), 2 for wrong usage.
+Facts and progress go to stderr, answers to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tiglon.errors import ConfigError, TiglonError, did_you_mean
+
+app = typer.Typer(
+    help="From a click log to recommendations.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+data = typer.Typer(help="Public data sets, and verdicts on your own tables.", no_args_is_help=True)
+ids = typer.Typer(help="The semantic IDs of a bundle.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(ids, name="ids")
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `tiglon train` wrote.")]
+InteractionsPath = Annotated[
+    Path, typer.Option("--interactions", help="user_id, item_id, timestamp, …: .parquet, .csv or .jsonl.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+K = Annotated[int, typer.Option("--k", help="How many items.")]
+
+# Modules that load torch are imported where they are needed, so that --help answers at once.
+
+
+def main() -> None:
+    """`tiglon`: errors of Tiglon are one clean message."""
+    try:
+        app()
+    except TiglonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.")] = Path("demo/complete-journey"),
+    minutes: Annotated[float, typer.Option(help="Training time.")] = 5.0,
+) -> None:
+    """The whole funnel on real data, then how to go on. At most ten minutes on two cores."""
+    from tiglon import demo
+    from tiglon.terminal import Terminal
+
+    demo.run(out, minutes, Terminal(), _stdout())
+
+
+@app.command()
+def doctor() -> None:
+    """Is this machine fit, what is slow, what is missing."""
+    from tiglon.doctor import examine
+
+    _verdicts(examine())
+
+
+@data.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="A public set; an unknown name lists them.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; by default the name.")] = None,
+) -> None:
+    """Fetch a public set, showing size, terms and checksum, and write it as two tables."""
+    from tiglon.data.sources import SOURCES, fetch, save_tables
+
+    folder = out or Path(name)
+    raw = fetch(name, folder / "raw", echo=_say)
+    save_tables(SOURCES[name].read(raw), folder / "tables")
+    tables = folder / "tables"
+    _say(
+        f"Written. Go on: tiglon train --interactions {tables}/interactions.parquet "
+        f"--items {tables}/items.parquet --out {name}-bundle"
+    )
+
+
+@data.command("inspect")
+def data_inspect(
+    interactions: Annotated[Path, typer.Argument(metavar="INTERACTIONS", help="The log.")],
+    items: Annotated[Path | None, typer.Option(help="The item table.")] = None,
+) -> None:
+    """What is in your tables: a verdict a line."""
+    from tiglon.data.inspect import inspect
+
+    _verdicts(inspect(interactions, items))
+
+
+@data.command("validate")
+def data_validate(
+    interactions: Annotated[Path, typer.Argument(metavar="INTERACTIONS", help="The log.")],
+    items: Annotated[Path | None, typer.Option(help="The item table.")] = None,
+) -> None:
+    """The same, with exit status 1 where a verdict is fatal."""
+    from tiglon.data.inspect import inspect, is_valid
+
+    verdicts = inspect(interactions, items)
+    _verdicts([v for v in verdicts if v.level != "ok"])
+    if not is_valid(verdicts):
+        raise typer.Exit(1)
+    print("valid")
+
+
+@app.command()
+def train(
+    interactions: InteractionsPath,
+    items: Annotated[Path, typer.Option(help="item_id and any columns of text.")],
+    out: Annotated[Path, typer.Option(help="Where the bundle goes.")],
+    recipe: Annotated[str, typer.Option(help="tiger or tiger_paper.")] = "tiger",
+    minutes: Annotated[float | None, typer.Option(help="Stop training, annealed, after so long.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
+) -> None:
+    """Two tables to a bundle: IDs, TIGER, baselines, evaluation. Killed, it goes on when given again."""
+    from tiglon import recipes
+    from tiglon.terminal import Terminal, metrics_table
+
+    if recipe not in recipes.RECIPES:
+        raise ConfigError(f"no recipe named '{recipe}'", fix=did_you_mean(recipe, recipes.RECIPES))
+    bundle = recipes.train(
+        interactions,
+        items,
+        out,
+        recipes.RECIPES[recipe],
+        minutes=minutes,
+        changes=_changes(change or []),
+        overwrite=overwrite,
+        reporter=Terminal(),
+    )
+    _stdout().print(metrics_table(bundle.metrics, "Test: the last moment of each user"))
+    _say(
+        f"{out}, version {bundle.version}. Go on: tiglon recommend {out} --user {bundle.histories.users.raw[0]}"
+    )
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath,
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    exclude_seen: Annotated[
+        bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the bundle's retrievers on the users that it stores."""
+    from tiglon.evaluation.protocol import to_json
+    from tiglon.serving.bundle import Bundle
+    from tiglon.terminal import Terminal, metrics_table
+
+    if split not in ("test", "validation"):
+        raise ConfigError(f"split '{split}'", rule="It is test or validation")
+    terminal = Terminal()
+    rows = Bundle.load(bundle).evaluate(
+        split,  # type: ignore[arg-type]
+        exclude_seen=exclude_seen,
+        progress=lambda name, done, users: terminal.share(f"testing {name}", done / users),
+    )
+    found = to_json(rows, split)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        mode = "hidden" if rows[0].exclude_seen else "shown"
+        _stdout().print(metrics_table(found, f"{split.capitalize()}, seen items {mode}"))
+
+
+@app.command()
+def recommend(
+    bundle: BundlePath,
+    user: Annotated[str | None, typer.Option(help="A user id of the log.")] = None,
+    history: Annotated[str | None, typer.Option(help="Item ids instead, oldest first: a,b,c.")] = None,
+    k: K = 10,
+    exclude_seen: Annotated[
+        bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The k best items for a user, or for a history. A user without a history gets what is popular."""
+    from tiglon.serving.bundle import Bundle, matching_id
+    from tiglon.terminal import recommendation_table
+
+    if (user is None) == (history is None):
+        raise typer.BadParameter("give either --user or --history")
+    loaded = Bundle.load(bundle)
+    if user is not None:
+        who = matching_id(loaded.histories.users, user)
+        if (loaded.histories.users.encode([who]) < 0).any():
+            _say(f"user {user} is not in the log; what is popular follows")
+        found = loaded.recommend([who], k, exclude_seen=exclude_seen)[0]
+    else:
+        who = None
+        given = [matching_id(loaded.items.vocabulary, part.strip()) for part in (history or "").split(",")]
+        unknown = [i for i, d in zip(given, loaded.items.vocabulary.encode(given), strict=True) if d < 0]
+        if unknown:
+            _say(f"not in the catalogue, and skipped: {', '.join(map(str, unknown))}")
+        found = loaded.recommend(history=[given], k=k, exclude_seen=exclude_seen)[0]
+    if as_json:
+        items = [{"item_id": r.item_id, "score": r.score, "source": r.source} for r in found]
+        answer: dict[str, Any] = {"user_id": who, "items": items, "bundle": loaded.version}
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        _stdout().print(recommendation_table(loaded, found))
+
+
+@ids.command("report")
+def ids_report(
+    bundle: BundlePath,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: FILE.png.")] = None,
+) -> None:
+    """How good the semantic IDs are: usage, entropy, collisions, what a shared prefix means."""
+    from tiglon.serving.bundle import Bundle
+
+    report = Bundle.load(bundle).id_report()
+    print(report.table(), end="")
+    if plot is not None:
+        report.plot(plot)
+        _say(f"drawn: {plot}")
+
+
+@ids.command("update")
+def ids_update(
+    bundle: BundlePath,
+    items: Annotated[Path, typer.Option(help="A table with the new items.")],
+) -> None:
+    """Give new items IDs by the frozen tokenizer; old IDs and the network stay as they are."""
+    from tiglon.serving.bundle import Bundle
+
+    old = Bundle.load(bundle)
+    new = old.add_items(items)
+    added = len(new.items) - len(old.items)
+    if not added:
+        _say("no item of the table is new; the bundle stays as it is")
+        return
+    new.save(bundle)
+    _say(f"{added:,} new items; version {old.version} became {Bundle.load(bundle).version}")
+
+
+def _changes(given: list[str]) -> dict[str, str]:
+    for change in given:
+        if "=" not in change:
+            raise typer.BadParameter(f"--set {change}: write KEY=VALUE, such as train.lr=0.002")
+    return {key: value for key, _, value in (change.partition("=") for change in given)}
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _verdicts(verdicts: list[Any]) -> None:
+    for verdict in verdicts:
+        print(verdict)
+
+
+if __name__ == "__main__":
+    main()

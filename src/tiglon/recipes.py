@@ -1,0 +1,389 @@
+"""Recipes, and the whole job: two tables go in, a bundle that recommends comes out.
+
+A recipe is a function of the data's size that returns frozen settings. `train` runs it:
+
+    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → baselines → test → bundle
+
+Long work leaves checkpoints in a folder beside the bundle. A run that was killed goes on when the same
+command is given again, and the folder goes when the bundle is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from tiglon.data.events import Table, align, read_interactions, read_items
+from tiglon.data.histories import HistoryStore
+from tiglon.data.split import leave_last_out
+from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
+from tiglon.errors import ConfigError, DataError, did_you_mean
+from tiglon.evaluation.protocol import to_json
+from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
+from tiglon.retrieval.tiger import Tiger, TigerConfig
+from tiglon.retrieval.tiger_causal import CausalConfig
+from tiglon.retrieval.tiger_paper import PaperConfig
+from tiglon.semantic_ids.catalog import SemanticIds
+from tiglon.semantic_ids.kmeans import ResidualKMeans
+from tiglon.semantic_ids.lsh import LSH
+from tiglon.semantic_ids.random_ids import RandomIds
+from tiglon.semantic_ids.rqvae import RQVAEConfig, RQVAETokenizer
+from tiglon.semantic_ids.tokenizer import Tokenizer
+from tiglon.serving.bundle import Bundle, ItemText, codes_of, require_free
+from tiglon.train.loop import Progress, TrainConfig
+from tiglon.types import Interactions, Items
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ItemTextConfig:
+    template: str | None = None  # such as "{title}. {brand}"; None: every column of `text_columns`
+    encoder: str = "tfidf"  # or "column:NAME" (vectors of the table), or a sentence-transformers model
+    dim: int = 256  # width of "tfidf"; paper: 768 of Sentence-T5
+
+
+@dataclass(frozen=True)
+class IdsConfig:
+    tokenizer: Literal["residual-kmeans", "rqvae", "lsh", "random"] = "residual-kmeans"  # paper: rqvae
+    levels: int = 3  # paper: 3, and the collision digit
+    codes: int = 256  # a level; paper: 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("residual-kmeans", "rqvae", "lsh", "random")
+        if self.tokenizer not in known:
+            raise ConfigError(f"tokenizer '{self.tokenizer}'", fix=did_you_mean(self.tokenizer, known))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on beside its data."""
+
+    name: str
+    text: ItemTextConfig = field(default_factory=ItemTextConfig)
+    ids: IdsConfig = field(default_factory=IdsConfig)
+    tiger: TigerConfig = field(default_factory=TigerConfig)
+    exclude_seen: bool | None = None  # never recommend what a user had; None: unless the log repeats itself
+
+
+RecipeFunction = Callable[[int, int], Recipe]
+
+
+def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
+    """The default: residual k-means IDs and the one-pass network, sized by the training events and items.
+
+    Command   tiglon train --interactions F --items G --out BUNDLE
+    Hardware  RESULTS: to be filled in
+    Score     RESULTS: to be filled in
+    """
+    if events < 50_000:
+        model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)
+        settings = TigerConfig(model, TrainConfig(epochs=30, lr=2e-3), batch_targets=512)
+    else:
+        settings = TigerConfig()
+    return Recipe("tiger", ids=IdsConfig(codes=256 if items > 2_000 else 64), tiger=settings)
+
+
+def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
+    """The network and the tokenizer of the paper, whatever the size of the data.
+
+    Command   tiglon train --recipe tiger_paper --interactions F --items G --out BUNDLE
+    Hardware  RESULTS: to be filled in
+    Score     RESULTS: to be filled in
+    """
+    settings = TigerConfig(
+        PaperConfig(),
+        TrainConfig(epochs=200, lr=3e-4, weight_decay=0.035),
+        window=20,
+        batch_targets=256,
+        renormalise=False,
+    )
+    return Recipe("tiger_paper", ids=IdsConfig(tokenizer="rqvae"), tiger=settings, exclude_seen=False)
+
+
+RECIPES: dict[str, RecipeFunction] = {"tiger": tiger, "tiger_paper": tiger_paper}
+
+
+# -- changing one setting ------------------------------------------------------------------------------
+
+
+def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    """The recipe with settings replaced, as `--set key=value` names them: {"train.lr": "0.002"}.
+
+    Settings of TIGER need no prefix: train.lr, model.width, window; others are text.…, ids.…, exclude_seen.
+    Values are read by the setting's type. Raises ConfigError for an unknown key or an unreadable value.
+    """
+    places = {".".join(path).removeprefix("tiger."): path for path in _paths(recipe)}
+    for key, text in changes.items():
+        path = places.get(key.removeprefix("tiger."))
+        if path is None:
+            raise ConfigError(f"unknown setting '{key}'", fix=did_you_mean(key, places))
+        recipe = _replaced(recipe, path, key, text)
+    return recipe
+
+
+def _paths(settings: Any) -> Iterator[tuple[str, ...]]:
+    """Where the plain values are."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            yield from ((f.name, *path) for path in _paths(value))
+        elif f.name != "name":
+            yield (f.name,)
+
+
+def _replaced(settings: Any, path: tuple[str, ...], key: str, text: str) -> Any:
+    name, *rest = path
+    if rest:
+        value = _replaced(getattr(settings, name), tuple(rest), key, text)
+    else:
+        value = _parsed(text, typing.get_type_hints(type(settings))[name], key)
+    return replace(settings, **{name: value})
+
+
+def _parsed(text: str, kind: Any, key: str) -> Any:
+    """`text` as a value of the annotated type."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    kind = next(option for option in options if option is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind in (int, float):
+            number = kind(text)
+            if number != number:
+                raise ValueError
+            return number
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            return tuple(t(part) for t, part in zip(inner, text.split(","), strict=True))
+    except (ValueError, KeyError) as error:
+        named = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        raise ConfigError(f"{key}={text}", rule=f"{key} is of type {named}") from error
+    return text
+
+
+# -- what the data say ----------------------------------------------------------------------------------
+
+REPEATING = 0.10  # share of events from which a log counts as consumption that repeats
+
+_NOT_TEXT = ("asin", "url", "uri", "link", "image", "img", "isbn", "sku", "ean", "upc", "lexical_id")
+
+
+def text_columns(items: Items) -> list[str]:
+    """The columns that describe an item in words: text or lists of text, and no identifiers.
+
+    Left out are columns named id, asin, sku, ean, upc, isbn, url, uri, link, image, or ending in "_" and
+    one of these; and columns whose values are addresses (http…). An identifier looks like text, but tells
+    an encoder nothing, or what it should not know (ids may ascend with time).
+    """
+    chosen = []
+    for name, kind in items.table.schema.items():
+        inner = kind.inner if isinstance(kind, pl.List) else kind
+        if not isinstance(inner, (pl.String, pl.Categorical, pl.Enum)):
+            continue
+        ending = name.lower().rpartition("_")[2]
+        if name.lower() in _NOT_TEXT or ending in (*_NOT_TEXT, "id", "ids"):
+            continue
+        if kind == pl.String and _addresses(items.table[name]):
+            continue
+        chosen.append(name)
+    return chosen
+
+
+def _addresses(column: pl.Series) -> bool:
+    filled = column.drop_nulls().head(1000)
+    return len(filled) > 0 and bool(filled.str.contains(r"^https?://").mean() > 0.5)  # type: ignore[operator]
+
+
+def repeat_share(log: Interactions) -> float:
+    """Share of the events that repeat an earlier item of the same user."""
+    pairs = log.user.astype(np.int64) * len(log.items) + log.item
+    return 1 - len(np.unique(pairs)) / max(len(log), 1)
+
+
+# -- the job -------------------------------------------------------------------------------------------
+
+
+class Reporter:
+    """Who is told how the job goes; this one tells nobody."""
+
+    def say(self, line: str) -> None:
+        """A fact."""
+
+    def share(self, task: str, share: float, note: str = "") -> None:
+        """How much of a long task is done, 0 … 1; it ends with 1."""
+
+
+def train(
+    interactions: Table,
+    items: Table,
+    out: str | Path,
+    recipe: RecipeFunction = tiger,
+    *,
+    minutes: float | None = None,
+    changes: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Bundle:
+    """Two tables → a bundle at `out`, evaluated on the last moment of each user.
+
+    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top).
+    changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
+    Weights are selected on the moment before the last; the test is read once, at the end.
+    Raises DataError, ConfigError, StorageError; nothing half-written is left at `out`.
+    """
+    reporter, out = reporter or Reporter(), Path(out)
+    require_free(out, overwrite)
+    log, catalogue = _read(interactions, items, reporter)
+    split = leave_last_out(log)
+    if not len(split.test):
+        raise DataError(
+            f"{len(log.users)} users, none with three moments",
+            rule="The last moment is the test, the one before selects, the rest is learned from",
+            fix="Give a longer log",
+        )
+    settings = override(recipe(len(split.train), len(catalogue)), changes or {})
+    if minutes is not None:
+        settings = override(settings, {"train.minutes": str(minutes)})
+    settings = _mask_rule(settings, log, reporter)
+    reporter.say(
+        f"{len(split.train):,} events to learn from, {len(split.test):,} users to test on"
+        + (f" ({split.skipped:,} with fewer than three moments only teach)" if split.skipped else "")
+    )
+
+    text, tokenizer, ids = _identify(catalogue, settings, reporter)
+    work = _workshop(out, log, catalogue, settings, reporter)
+    model = Tiger(ids, catalogue.vocabulary, settings.tiger)
+    count = sum(p.numel() for p in model.network.parameters())
+    reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
+    model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
+
+    config = TextConfig(template=settings.text.template or text_template(catalogue))
+    bundle = Bundle(
+        items=catalogue,
+        tiger=model,
+        neighbours=NeighbourSum(config).fit(split.train, catalogue),
+        popularity=Popularity().fit(split.train, catalogue),
+        repeats=Repeats().fit(split.train, catalogue),
+        histories=HistoryStore.build(log),
+        text=text,
+        tokenizer=tokenizer,
+        exclude_seen=bool(settings.exclude_seen),
+        recipe=asdict(settings),
+        metrics={},
+    )
+    tested = bundle.evaluate(progress=lambda name, done, n: reporter.share(f"testing {name}", done / n))
+    selected = {"ndcg@10": model.history["best"]}
+    bundle = replace(bundle, metrics=to_json(tested, "test") | {"validation": selected})
+    bundle.save(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return Bundle.load(out)
+
+
+def _read(interactions: Table, items: Table, reporter: Reporter) -> tuple[Interactions, Items]:
+    log, catalogue, unknown = align(read_interactions(interactions), read_items(items))
+    reporter.say(f"{len(log):,} events, {len(log.users):,} users, {len(catalogue):,} items")
+    if unknown:
+        reporter.say(
+            f"{len(unknown):,} items of the log are not in the item table; they join it without text"
+        )
+    return log, catalogue
+
+
+def _mask_rule(settings: Recipe, log: Interactions, reporter: Reporter) -> Recipe:
+    share = repeat_share(log)
+    if settings.exclude_seen is None:
+        settings = replace(settings, exclude_seen=share < REPEATING)
+    rule = "are not recommended again" if settings.exclude_seen else "stay in the ranking"
+    reporter.say(f"{share:.0%} of the events repeat an item of the same user: seen items {rule}")
+    return settings
+
+
+def _identify(
+    catalogue: Items, settings: Recipe, reporter: Reporter
+) -> tuple[ItemText, Tokenizer, SemanticIds]:
+    """Text vectors, a tokenizer fitted on them, and the IDs."""
+    text = item_text(catalogue, settings.text)
+    tokenizer = make_tokenizer(settings.ids)
+    if text.silent:
+        tokenizer = RandomIds(settings.ids.levels, settings.ids.codes, seed=settings.ids.seed)
+        reporter.say("No column of words in the item table: semantic IDs are random")
+    vectors = text.vectors(catalogue)
+    tokenizer.fit(vectors)
+    codes = codes_of(tokenizer, vectors, catalogue.vocabulary)
+    ids = SemanticIds.assign(codes, tokenizer.sizes, catalogue.vocabulary)
+    shared = np.unique(codes, axis=0, return_counts=True)[1]
+    reporter.say(
+        f"Semantic IDs of {' × '.join(map(str, ids.sizes))} from {text.described()}; "
+        f"{shared[shared > 1].sum() / len(ids):.0%} of the items share their first {len(ids.sizes) - 1} codes "
+        f"with another, {shared.max():,} at most"
+    )
+    return text, tokenizer, ids
+
+
+def item_text(catalogue: Items, config: ItemTextConfig) -> ItemText:
+    """The encoder of a recipe, fitted where it learns. Raises SchemaError, MissingExtraError."""
+    if config.encoder.startswith("column:"):
+        return ItemText(config.encoder, "", VectorColumn(config.encoder.removeprefix("column:")))
+    template = config.template
+    if template is None:
+        template = ". ".join(f"{{{name}}}" for name in text_columns(catalogue))
+    if config.encoder != "tfidf":
+        return ItemText(config.encoder, template, SentenceTransformer(config.encoder))
+    encoder = TfidfSvd(config.dim).fit(render(catalogue, template))
+    return ItemText(config.encoder, template, encoder)
+
+
+def make_tokenizer(config: IdsConfig) -> Tokenizer:
+    """An unfitted tokenizer."""
+    if config.tokenizer == "rqvae":
+        return RQVAETokenizer(RQVAEConfig(levels=config.levels, codes=config.codes, seed=config.seed))
+    plain = {"residual-kmeans": ResidualKMeans, "lsh": LSH, "random": RandomIds}[config.tokenizer]
+    return plain(config.levels, config.codes, seed=config.seed)
+
+
+def _workshop(out: Path, log: Interactions, catalogue: Items, settings: Recipe, reporter: Reporter) -> Path:
+    """The folder for checkpoints beside `out`, of this very job."""
+    work = out.with_name(f".{out.name}.work")
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for array in (log.user, log.item, log.time):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(catalogue.table.hash_rows().to_numpy().tobytes())
+    job = work / "job.json"
+    if job.is_file():
+        if json.loads(job.read_text(encoding="utf-8")).get("job") != digest.hexdigest():
+            raise ConfigError(
+                f"an unfinished run of other data or settings in {work}",
+                rule="A run goes on with the tables and settings it began with",
+                fix=f"Give the same command again, or delete {work}",
+            )
+        reporter.say(f"Going on with the run in {work}")
+        return work
+    work.mkdir(parents=True, exist_ok=True)
+    job.write_text(json.dumps({"job": digest.hexdigest()}), encoding="utf-8")
+    return work
+
+
+def _bar(reporter: Reporter) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        note = f"epoch {progress.epoch + 1}"
+        if progress.loss is not None:
+            note += f", loss {progress.loss:.3f}, {progress.examples_per_second:,.0f} targets/s"
+        if progress.score is not None:
+            note += f", validation ndcg@10 {progress.score:.4f}"
+        reporter.share("training", progress.share, note)
+
+    return report

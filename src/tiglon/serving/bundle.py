@@ -1,0 +1,471 @@
+"""A bundle: one folder that holds everything a recommender needs, checked whenever it is read.
+
+    manifest.json                   format, version, recipe, schema; size and sha256 of every file below
+    tiger/                          network, semantic IDs
+    neighbours/ popularity/ repeats/    retrievers without training: baselines, and what answers in need
+    histories/                      every user's life, memory-mapped
+    items.parquet                   the catalogue; row i is dense item i
+    text/ tokenizer/                how a new item gets its ID
+    metrics.json                    the evaluation
+    ids_report.txt ids_report.png   how good the IDs are
+
+It is written aside, flushed to the disk and renamed: a reader sees the old bundle or the new one. Nothing
+in it is a pickle.
+
+Who answers. TIGER, where the history holds an item of the catalogue; if it finds fewer than k, the
+neighbours of the history fill the list; a user without a history gets what is popular. `source` says which.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from safetensors import SafetensorError
+
+import tiglon
+from tiglon.data.events import Table, read_items, require_same_type
+from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.data.split import leave_last_out
+from tiglon.data.text import SentenceTransformer, TextEncoder, TfidfSvd, VectorColumn, encode_items
+from tiglon.errors import (
+    BundleDamagedError,
+    BundleVersionError,
+    ConfigError,
+    DataError,
+    SchemaError,
+    StorageError,
+    UnknownIdError,
+)
+from tiglon.evaluation.protocol import Evaluation, evaluate
+from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
+from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.tiger import Tiger
+from tiglon.semantic_ids import tokenizer as tokenizers
+from tiglon.semantic_ids.random_ids import RandomIds
+from tiglon.semantic_ids.report import IdReport, report
+from tiglon.semantic_ids.tokenizer import Tokenizer
+from tiglon.types import MISSING, Histories, Interactions, Items, Vocabulary
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A raw item id. Scores of one source compare; those of two sources do not."""
+
+    item_id: Any
+    score: float
+    source: str
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """From an item's columns to its vector. encoder None: a model that is loaded when first needed."""
+
+    kind: str  # "tfidf", "column:NAME", or a sentence-transformers model
+    template: str
+    encoder: TextEncoder | VectorColumn | None
+    name: str = ""  # the encoder's, with its version
+
+    @property
+    def silent(self) -> bool:
+        """Whether items have no words to be known by."""
+        return self.kind == "tfidf" and not self.template
+
+    def described(self) -> str:
+        return f"{self.kind} vectors" + (f' of "{self.template}"' if self.template else "")
+
+    def vectors(self, items: Items) -> np.ndarray:
+        """(N, D) float32."""
+        encoder = self.encoder
+        if encoder is None:
+            encoder = SentenceTransformer(self.kind)
+            if encoder.name != self.name:
+                raise DataError(
+                    f"the text encoder is {encoder.name}",
+                    rule=f"The bundle's IDs were made with {self.name}",
+                    fix="Install that version, or train anew",
+                )
+        return encode_items(items, encoder, self.template).values
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        name = self.encoder.name if self.encoder is not None else self.name
+        about = {"kind": self.kind, "template": self.template, "name": name}
+        (directory / "text.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        if isinstance(self.encoder, TfidfSvd):
+            self.encoder.save(directory)
+
+    @classmethod
+    def load(cls, directory: Path) -> ItemText:
+        about = json.loads((directory / "text.json").read_text(encoding="utf-8"))
+        encoder: TextEncoder | VectorColumn | None = None
+        if about["kind"] == "tfidf":
+            encoder = TfidfSvd.load(directory)
+        elif about["kind"].startswith("column:"):
+            encoder = VectorColumn(about["kind"].removeprefix("column:"))
+        return cls(about["kind"], about["template"], encoder, about["name"])
+
+
+def codes_of(tokenizer: Tokenizer, vectors: np.ndarray, keys: Vocabulary) -> np.ndarray:
+    """Codes (N, L): by content, or by raw id where the tokenizer is the random control."""
+    return tokenizer.encode_keys(keys) if isinstance(tokenizer, RandomIds) else tokenizer.encode(vectors)
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A trained recommender. Changes make a new one; `save` puts it on the disk."""
+
+    items: Items
+    tiger: Tiger
+    neighbours: NeighbourSum
+    popularity: Popularity
+    repeats: Repeats
+    histories: HistoryStore
+    text: ItemText
+    tokenizer: Tokenizer
+    exclude_seen: bool
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def version(self) -> str:
+        """Names this bundle in every answer; empty until it is saved."""
+        return str(self.manifest.get("version", ""))
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def recommend(
+        self,
+        users: Sequence[Any] | None = None,
+        k: int = 10,
+        *,
+        history: Sequence[Sequence[Any]] | None = None,
+        exclude_seen: bool | None = None,
+        new_share: float = 0.0,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each user, fewer where the catalogue has fewer.
+
+        users: raw ids, whose stored lives are read; of a user who is not there nothing is known.
+        history: instead of `users`, lists of raw item ids, oldest first; unknown items are skipped.
+        exclude_seen: never an item of the history; None: as the bundle was made.
+        new_share: room for items that came after training beside their likes, TIGER's ε.
+        """
+        require_k(k)
+        if history is not None:
+            dense = [self.items.vocabulary.encode(list(given)) for given in history]
+            histories = Histories.of([found[found != MISSING] for found in dense])
+        elif users is not None:
+            histories = self.histories.before(self.histories.users.encode(list(users)))
+        else:
+            raise ConfigError("neither users nor a history", fix="Pass users=[…] or history=[[item ids], …]")
+        mask = self.exclude_seen if exclude_seen is None else exclude_seen
+        found = self.tiger.retrieve(histories, k, exclude_seen=mask)
+        if new_share:
+            found = self.tiger.with_unseen(found, new_share)
+        answers = []
+        for b, (item, score) in enumerate(zip(found.item, found.score, strict=True)):
+            own = histories.select(slice(b, b + 1))
+            row = [] if not len(own.item) else self._named(item, score, self.tiger.name)
+            if len(row) < min(k, len(self.tiger.trie)):
+                row = self._filled(row, own, k, mask)
+            answers.append(row)
+        return answers
+
+    def _filled(self, row: list[Recommendation], own: Histories, k: int, mask: bool) -> list[Recommendation]:
+        """The row with what the neighbours, or without a history popularity, add to it."""
+        known = own.item < len(self.neighbours.items)  # items that came later have no neighbours yet
+        reached = Histories(np.array([0, known.sum()]), own.item[known], own.time[known])
+        helper: CatalogueScorer = self.neighbours if len(reached.item) else self.popularity
+        found = helper.retrieve(reached, k + len(row), exclude_seen=mask)
+        alive = found.item[0][self.tiger.ids.alive[found.item[0]]]
+        have = {r.item_id for r in row}
+        more = self._named(alive, found.score[0], helper.name)
+        return row + [r for r in more if r.item_id not in have][: k - len(row)]
+
+    def _named(self, item: np.ndarray, score: np.ndarray, source: str) -> list[Recommendation]:
+        raw = self.items.vocabulary.decode(item[item != MISSING])
+        return [Recommendation(i, float(s), source) for i, s in zip(raw, score, strict=False)]
+
+    def retrievers(self) -> Iterator[Retriever]:
+        """Baselines first; `repeats` only where it may repeat."""
+        yield from (self.popularity, self.neighbours.text, self.neighbours.together, self.neighbours)
+        if not self.exclude_seen:
+            yield self.repeats
+        yield self.tiger
+
+    def evaluate(
+        self,
+        split: Literal["validation", "test"] = "test",
+        *,
+        exclude_seen: bool | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> list[Evaluation]:
+        """All retrievers on the last moment (test) or the one before (validation) of each stored user.
+
+        progress: called with (retriever, users done, users in all).
+        """
+        parts = leave_last_out(self.log())
+        targets = parts.test if split == "test" else parts.validation
+        rows = []
+        for retriever in self.retrievers():
+            counts = np.bincount(parts.train.item, minlength=len(retriever.items))
+
+            def tell(done: int, users: int, name: str = retriever.name) -> None:
+                if progress is not None:
+                    progress(name, done, users)
+
+            mask = self.exclude_seen if exclude_seen is None else exclude_seen
+            rows.append(evaluate(retriever, targets, exclude_seen=mask, popularity=counts, progress=tell))
+        return rows
+
+    def log(self) -> Interactions:
+        """The stored histories as one log."""
+        store = self.histories
+        user = np.repeat(np.arange(len(store)), np.diff(store.offsets)).astype(np.int32)
+        return Interactions(user, store.item, store.time, store.users, store.items)
+
+    # -- the catalogue -----------------------------------------------------------------------------
+
+    def add_items(self, source: Table) -> Bundle:
+        """With the items of a table that are new; they can be recommended at once.
+
+        Their IDs come from the frozen tokenizer; those of known items, and the network, stay as they are,
+        and so do the neighbours: they know the items of the training only. Items that are known already
+        are left alone. Raises SchemaError, CapacityError.
+        """
+        given = read_items(source)
+        old = self.items
+        ids = pl.Series("item_id", given.vocabulary.raw)
+        require_same_type(ids, old.vocabulary)
+        new = given.table.filter(pl.Series(old.vocabulary.encode(ids) == MISSING))
+        new = _as_schema(new, old.table.schema)
+        if not new.height:
+            return self
+        table = pl.concat([old.table, new])
+        joined = Items(Vocabulary(table["item_id"]), table)
+        arrivals = Items(Vocabulary(new["item_id"]), new)
+        model = copy.copy(self.tiger)
+        vectors = self.text.vectors(arrivals)
+        model.add_items(joined.vocabulary, codes_of(self.tokenizer, vectors, arrivals.vocabulary))
+        return replace(self, items=joined, tiger=model, manifest={}, path=None)
+
+    def id_report(self) -> IdReport:
+        """How good the semantic IDs are."""
+        return report(self.tiger.ids, self.text.vectors(self.items), self.tokenizer)
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the folder, all of it or nothing; a bundle that stands there is replaced. Raises StorageError."""
+        path = Path(path)
+        require_free(path, overwrite=True)
+        try:
+            with written_aside(path) as aside:
+                self._write(aside)
+                _write_manifest(aside, self._about())
+        except StorageError:
+            raise
+        except (SafetensorError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+            raise StorageError(
+                f"{path} could not be written: {error}",
+                rule="Nothing was changed there",
+                fix="Free some space or choose another place",
+            ) from error
+
+    def _write(self, aside: Path) -> None:
+        self.tiger.save(aside / "tiger")
+        self.neighbours.save(aside / "neighbours")
+        self.popularity.save(aside / "popularity")
+        self.repeats.save(aside / "repeats")
+        self.histories.save(aside / "histories")
+        self.items.table.write_parquet(aside / "items.parquet")
+        self.text.save(aside / "text")
+        self.tokenizer.save(aside / "tokenizer")
+        (aside / "metrics.json").write_text(json.dumps(self.metrics, indent=1), encoding="utf-8")
+        quality = self.id_report()
+        (aside / "ids_report.txt").write_text(quality.table(), encoding="utf-8")
+        quality.plot(aside / "ids_report.png")
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "tiglon": tiglon.__version__,
+            "recipe": self.recipe,
+            "exclude_seen": self.exclude_seen,
+            "ids": {"version": self.tiger.ids.version, "parent": self.tiger.ids.parent},
+            "data": {
+                "events": len(self.histories.item),
+                "users": len(self.histories),
+                "items": len(self.items),
+            },
+            "schema": {name: str(kind) for name, kind in self.items.table.schema.items()},
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
+        path = Path(path)
+        manifest = _checked_manifest(path)
+        try:
+            table = pl.read_parquet(path / "items.parquet")
+            neighbours = NeighbourSum.load(path / "neighbours")
+            bundle = cls(
+                items=Items(Vocabulary(table["item_id"]), table),
+                tiger=Tiger.load(path / "tiger"),
+                neighbours=neighbours,
+                popularity=Popularity.load(path / "popularity"),
+                repeats=Repeats.load(path / "repeats"),
+                histories=HistoryStore.load(path / "histories"),
+                text=ItemText.load(path / "text"),
+                tokenizer=tokenizers.load(path / "tokenizer"),
+                exclude_seen=manifest["exclude_seen"],
+                recipe=manifest["recipe"],
+                metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
+                manifest=manifest,
+                path=path,
+            )
+        except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+            raise BundleDamagedError(f"{path} cannot be read: {error}", fix="Copy it again") from error
+        if bundle.items.vocabulary != bundle.tiger.items:
+            raise BundleDamagedError(
+                f"{path} holds a catalogue and a TIGER of different items", fix="Copy it again"
+            )
+        return bundle
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether a folder says of itself that it is one."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """ConfigError where something stands at `path` that must not be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_bundle(path):
+        raise ConfigError(f"{path}, which exists and is no bundle", fix="Choose another path")
+    if not overwrite:
+        raise ConfigError(
+            f"{path}, where a bundle stands already", fix="Choose another path, or pass --overwrite"
+        )
+
+
+def matching_id(vocabulary: Vocabulary, text: str) -> Any:
+    """A raw id typed on a command line, as the vocabulary's type. Raises UnknownIdError."""
+    if not pa.types.is_integer(vocabulary.raw.type):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        example = f", such as {vocabulary.raw[0]}" if len(vocabulary) else ""
+        raise UnknownIdError(f"the id '{text}'", rule=f"Ids here are whole numbers{example}") from error
+
+
+def _as_schema(table: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
+    """The columns of an older table, null where this one lacks them. Raises SchemaError."""
+    if not set(table.columns) & set(schema.names()[1:]) and len(schema) > 1:
+        raise SchemaError(
+            f"an item table with the columns {', '.join(table.columns)}",
+            rule=f"The bundle's items have {', '.join(schema.names())}",
+        )
+    try:
+        return table.select(
+            (pl.col(name) if name in table.columns else pl.lit(None)).cast(kind).alias(name)
+            for name, kind in schema.items()
+        )
+    except pl.exceptions.PolarsError as error:
+        raise SchemaError(
+            f"a column of the new items that does not fit the bundle's: {error}",
+            fix="Give its columns the types of the first item table",
+        ) from error
+
+
+# -- the manifest ------------------------------------------------------------------------------------
+
+
+def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """List every file, flush everything, the manifest last."""
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        _flush(file)
+    manifest = {"format": FORMAT, **about, "files": files}
+    manifest["version"] = _version(manifest)
+    manifest["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    _flush(path)
+    for directory in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _flush(directory)
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, once every file that it lists is there and has its checksum."""
+    if not is_bundle(path):
+        raise BundleDamagedError(
+            f"no bundle at {path}" if not path.exists() else f"{path} has no manifest.json",
+            rule="A bundle is a folder that `tiglon train` wrote",
+            fix="Check the path, or train one: tiglon train --interactions F --items G --out BUNDLE",
+        )
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] > FORMAT:
+            raise BundleVersionError(
+                f"a bundle of format {manifest['format']}, written by Tiglon {manifest.get('tiglon', '?')}",
+                rule=f"This is Tiglon {tiglon.__version__}, which reads formats up to {FORMAT}",
+                fix="Update Tiglon: pip install --upgrade tiglon",
+            )
+        files, version = manifest["files"], manifest["version"]
+        if _version(manifest) != version:
+            raise ValueError("its content is not what its version says")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleDamagedError(
+            f"{path / 'manifest.json'} cannot be read: {error}", fix="Copy the bundle again"
+        ) from error
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise BundleDamagedError(f"{name} is missing from {path}", fix="Copy the bundle again")
+        size = file.stat().st_size
+        if size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise BundleDamagedError(
+                f"{name} in {path} is damaged: {size:,} bytes, and another checksum than the manifest's "
+                f"{expected['bytes']:,} bytes",
+                fix="Copy the bundle again",
+            )
+    return manifest
+
+
+def _version(manifest: dict[str, Any]) -> str:
+    """Hash of the content: everything but the version itself and the time of writing."""
+    content = {name: value for name, value in manifest.items() if name not in ("version", "created")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

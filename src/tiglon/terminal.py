@@ -1,0 +1,100 @@
+"""What people see: progress, tables, lists. Plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tiglon.recipes import Reporter
+from tiglon.serving.bundle import Bundle, Recommendation
+
+_METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20")
+_QUIET_SECONDS = 20  # between two plain lines of one task
+
+
+class Terminal(Reporter):
+    """Facts as lines; long tasks as bars on a terminal, else as a line now and then."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._bars: Progress | None = None
+        self._task: tuple[str, Any] | None = None
+        self._shown = 0.0
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+    def share(self, task: str, share: float, note: str = "") -> None:
+        if self.console.is_terminal:
+            self._draw(task, share, note)
+        elif share >= 1 or time.monotonic() - self._shown > _QUIET_SECONDS:
+            self._shown = time.monotonic()
+            self.console.print(f"{task} {share:.0%} {note}".rstrip())
+
+    def _draw(self, task: str, share: float, note: str) -> None:
+        if self._bars is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bars = Progress(*columns, console=self.console)
+            self._bars.start()
+        if self._task is None or self._task[0] != task:
+            self._task = task, self._bars.add_task(task, total=1.0, note=note)
+        self._bars.update(self._task[1], completed=share, note=note)
+        if share >= 1:
+            self._bars.stop()
+            self._bars = self._task = None
+
+
+def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
+    """The evaluation (see `evaluation.protocol.to_json`) as rows a retriever."""
+    rows = Table(title=title or None, caption=f"{metrics['users']:,} users, whole catalogue ranked")
+    rows.add_column("retriever", no_wrap=True)
+    for name in _METRICS:
+        rows.add_column(name, justify="right")
+    for row in metrics["rows"]:
+        values = [row.get(name) for name in _METRICS]
+        rows.add_row(row["name"], *("–" if v is None or math.isnan(v) else f"{v:.4f}" for v in values))
+    return rows
+
+
+def recommendation_table(bundle: Bundle, found: Sequence[Recommendation], title: str = "") -> Table:
+    """A line an item: id, what it is, score, source."""
+    rows = Table(title=title or None, title_justify="left")
+    rows.add_column("item", no_wrap=True)
+    rows.add_column("what it is", max_width=60)
+    rows.add_column("score", justify="right")
+    rows.add_column("source", no_wrap=True)
+    described = describe(bundle, [r.item_id for r in found])
+    for r, words in zip(found, described, strict=True):
+        rows.add_row(str(r.item_id), words, f"{r.score:.3f}", r.source)
+    return rows
+
+
+def describe(bundle: Bundle, items: Sequence[Any]) -> list[str]:
+    """What the catalogue says about raw ids: the first of its columns of text, joined."""
+    from tiglon.recipes import text_columns
+
+    columns = text_columns(bundle.items)[:4]
+    rows = bundle.items.vocabulary.encode(list(items))
+    table = bundle.items.table[rows.tolist()].select(columns) if columns else pl.DataFrame()
+    return [" · ".join(_plain(value) for value in row if value) for row in table.iter_rows()] or [""] * len(
+        items
+    )
+
+
+def _plain(value: Any) -> str:
+    text = value[-1] if isinstance(value, list) else value
+    return " ".join(str(text).split())
