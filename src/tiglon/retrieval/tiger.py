@@ -10,6 +10,7 @@ Letters: E events, B rows, L events of a row, S code positions, T targets, K can
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -150,6 +151,11 @@ class Tiger(Retriever):
             c.train,
             directory,
             report,
+            about={
+                "ids": self.ids.version,
+                "events": f"{len(log.item)} events, checksum {zlib.crc32(np.ascontiguousarray(log.item))}",
+                **{key: value for key, value in asdict(c).items() if key != "train"},
+            },
         )
         self.log = log
         return self
