@@ -11,7 +11,22 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, UnknownIdError
 from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, Repeats, TextNeighbours
 from tiglon.retrieval.retriever import Retriever
+from tiglon.retrieval.tiger import Tiger, TigerConfig
+from tiglon.retrieval.tiger_causal import CausalConfig
+from tiglon.semantic_ids.catalog import SemanticIds
+from tiglon.semantic_ids.random_ids import RandomIds
+from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Histories, Interactions, Items, Vocabulary
+
+TINY = TigerConfig(
+    CausalConfig(width=16, heads=2, head_width=8, hidden=32, encoder_layers=1, decoder_layers=1),
+    TrainConfig(epochs=1, evaluations=1, bfloat16=False),
+)
+
+
+def random_ids(items: Items) -> SemanticIds:
+    return SemanticIds.assign(RandomIds(2, 8).encode_keys(items.vocabulary), (8, 8), items.vocabulary)
+
 
 RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "popularity": lambda log, items: Popularity().fit(log, items),
@@ -19,6 +34,7 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "co-occurrence": lambda log, items: CoOccurrence().fit(log, items),
     "sum": lambda log, items: NeighbourSum().fit(log, items),
     "repeats": lambda log, items: Repeats().fit(log, items),
+    "tiger": lambda log, items: Tiger(random_ids(items), items.vocabulary, TINY).fit(log),
 }
 
 N = 30

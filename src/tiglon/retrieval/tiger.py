@@ -125,7 +125,10 @@ class Tiger(Retriever):
             )
         log = HistoryStore.build(interactions)
         moment = moments(interactions)
+        wanted = (self.ids.alive & self.trained)[log.item]  # what left the catalogue is read, not predicted
         windows = self.network.windows(log.offsets, moment, self.config.window)
+        before = np.concatenate([[0], np.cumsum(wanted)])  # (E+1,)
+        windows = windows[before[windows[:, 1]] > before[windows[:, 2]]]
         if not len(windows):
             raise DataError("a log without any event to predict", rule="A target has an event before it")
         c = self.config
@@ -136,7 +139,7 @@ class Tiger(Retriever):
             sample = take(validation, rows)
 
         def epoch_batches(epoch: int) -> Sequence[Batch]:
-            return _Batches(log.item, moment, windows, c.batch_targets, [c.train.seed, epoch])
+            return _Batches(log.item, moment, wanted, windows, c.batch_targets, [c.train.seed, epoch])
 
         def validate() -> float:
             assert sample is not None
@@ -153,7 +156,7 @@ class Tiger(Retriever):
             report,
             about={
                 "ids": self.ids.version,
-                "events": f"{len(log.item)} events, checksum {zlib.crc32(np.ascontiguousarray(log.item))}",
+                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
                 **{key: value for key, value in asdict(c).items() if key != "train"},
             },
         )
@@ -273,7 +276,7 @@ class Tiger(Retriever):
         if not 0 <= share <= 1:
             raise ConfigError(f"a share of {share}", rule="A share lies in 0 … 1")
         users, k = found.item.shape
-        room = int(share * k)
+        room = int(share * k + 1e-9)
         item, score = np.full_like(found.item, MISSING), np.full_like(found.score, -np.inf)
         prefixes = self.ids.codes[:, :-1]
         new = np.flatnonzero(~self.trained & self.ids.alive)
@@ -372,9 +375,15 @@ class _Batches(Sequence[Batch]):
     """The batches of one epoch: rows of similar length together, in an order drawn by the seed."""
 
     def __init__(
-        self, item: np.ndarray, moment: np.ndarray, windows: np.ndarray, targets: int, seed: list[int]
+        self,
+        item: np.ndarray,
+        moment: np.ndarray,
+        wanted: np.ndarray,
+        windows: np.ndarray,
+        targets: int,
+        seed: list[int],
     ) -> None:
-        self.item, self.moment, self.windows = item, moment, windows
+        self.item, self.moment, self.wanted, self.windows = item, moment, wanted, windows
         random = np.random.default_rng(seed)
         length = windows[:, 1] - windows[:, 0]
         order = np.argsort(length + 2 * random.random(len(windows)), kind="stable")
@@ -389,18 +398,21 @@ class _Batches(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return (self[i] for i in range(*index.indices(len(self))))
-        return collate(self.item, self.moment, self.windows[self.groups[index]])
+        return collate(self.item, self.moment, self.wanted, self.windows[self.groups[index]])
 
 
-def collate(item: np.ndarray, moment: np.ndarray, windows: np.ndarray) -> Batch:
-    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch."""
+def collate(item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, windows: np.ndarray) -> Batch:
+    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch.
+
+    wanted: (E,) bool, the events that may be targets.
+    """
     start, stop, first = windows.T
     width = int((stop - start).max())
     at = start[:, None] + np.arange(width)
     real = at < stop[:, None]
     at = np.where(real, at, start[:, None])
     row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
-    target = real & (at >= first[:, None])
+    target = real & (at >= first[:, None]) & wanted[at]
     return Batch(*map(torch.from_numpy, (item[at].astype(np.int64), row_moment.astype(np.int64), target)))
 
 
