@@ -28,7 +28,7 @@ def recipe(events: int, items: int) -> Recipe:
     """Small enough for one pass over a million events in minutes."""
     settings = tiger(events, items)
     model = CausalConfig(width=96, heads=3, hidden=256, encoder_layers=2, decoder_layers=2, dropout=0.1)
-    training = replace(settings.tiger.train, epochs=4, lr=2e-3, evaluations=4)
+    training = replace(settings.tiger.train, epochs=4, lr=2e-3, average=0.99, evaluations=4)
     shape = replace(
         settings.tiger, model=model, train=training, window=100, batch_targets=2048, validation_users=500
     )

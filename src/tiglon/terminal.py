@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import polars as pl
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tiglon.recipes import Reporter
+from tiglon.recipes import Reporter, text_columns
 from tiglon.serving.bundle import Bundle, Recommendation
 
-_METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20")
+_METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10", "ndcg@20")
 _QUIET_SECONDS = 20  # between two plain lines of one task
 
 
@@ -29,14 +29,17 @@ class Terminal(Reporter):
         self._shown = 0.0
 
     def say(self, line: str) -> None:
-        self.console.print(line)
+        self.console.print(line, soft_wrap=True)
 
     def share(self, task: str, share: float, note: str = "") -> None:
         if self.console.is_terminal:
             self._draw(task, share, note)
-        elif share >= 1 or time.monotonic() - self._shown > _QUIET_SECONDS:
+            return
+        if self._task is None or self._task[0] != task:
+            self._task, self._shown = (task, None), time.monotonic()
+        if share >= 1 or time.monotonic() - self._shown > _QUIET_SECONDS:
             self._shown = time.monotonic()
-            self.console.print(f"{task} {share:.0%} {note}".rstrip())
+            self.console.print(f"{task} {share:.0%} {note}".rstrip(), soft_wrap=True)
 
     def _draw(self, task: str, share: float, note: str) -> None:
         if self._bars is None:
@@ -60,7 +63,8 @@ class Terminal(Reporter):
 
 def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
     """The evaluation (see `evaluation.protocol.to_json`) as rows a retriever."""
-    rows = Table(title=title or None, caption=f"{metrics['users']:,} users, whole catalogue ranked")
+    caption = f"{metrics['users']:,} users, the whole catalogue ranked"
+    rows = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1))
     rows.add_column("retriever", no_wrap=True)
     for name in _METRICS:
         rows.add_column(name, justify="right")
@@ -72,9 +76,9 @@ def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
 
 def recommendation_table(bundle: Bundle, found: Sequence[Recommendation], title: str = "") -> Table:
     """A line an item: id, what it is, score, source."""
-    rows = Table(title=title or None, title_justify="left")
+    rows = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     rows.add_column("item", no_wrap=True)
-    rows.add_column("what it is", max_width=60)
+    rows.add_column("what it is")
     rows.add_column("score", justify="right")
     rows.add_column("source", no_wrap=True)
     described = describe(bundle, [r.item_id for r in found])
@@ -85,14 +89,10 @@ def recommendation_table(bundle: Bundle, found: Sequence[Recommendation], title:
 
 def describe(bundle: Bundle, items: Sequence[Any]) -> list[str]:
     """What the catalogue says about raw ids: the first of its columns of text, joined."""
-    from tiglon.recipes import text_columns
-
     columns = text_columns(bundle.items)[:4]
-    rows = bundle.items.vocabulary.encode(list(items))
-    table = bundle.items.table[rows.tolist()].select(columns) if columns else pl.DataFrame()
-    return [" · ".join(_plain(value) for value in row if value) for row in table.iter_rows()] or [""] * len(
-        items
-    )
+    rows = bundle.items.table[bundle.items.vocabulary.encode(list(items)).tolist()]
+    words = [" · ".join(_plain(row[c]) for c in columns if row[c]) for row in rows.iter_rows(named=True)]
+    return [text or "(no description)" for text in words]
 
 
 def _plain(value: Any) -> str:

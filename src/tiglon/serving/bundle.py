@@ -7,7 +7,7 @@
     items.parquet                   the catalogue; row i is dense item i
     text/ tokenizer/                how a new item gets its ID
     metrics.json                    the evaluation
-    ids_report.txt ids_report.png   how good the IDs are
+    ids_report.txt                  how good the IDs are
 
 It is written aside, flushed to the disk and renamed: a reader sees the old bundle or the new one. Nothing
 in it is a pickle.
@@ -141,6 +141,9 @@ class Bundle:
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"Bundle({self.path}, version {self.version}, {len(self.items):,} items)"
+
     @property
     def version(self) -> str:
         """Names this bundle in every answer; empty until it is saved."""
@@ -200,10 +203,10 @@ class Bundle:
         raw = self.items.vocabulary.decode(item[item != MISSING])
         return [Recommendation(i, float(s), source) for i, s in zip(raw, score, strict=False)]
 
-    def retrievers(self) -> Iterator[Retriever]:
+    def retrievers(self, exclude_seen: bool) -> Iterator[Retriever]:
         """Baselines first; `repeats` only where it may repeat."""
         yield from (self.popularity, self.neighbours.text, self.neighbours.together, self.neighbours)
-        if not self.exclude_seen:
+        if not exclude_seen:
             yield self.repeats
         yield self.tiger
 
@@ -220,15 +223,15 @@ class Bundle:
         """
         parts = leave_last_out(self.log())
         targets = parts.test if split == "test" else parts.validation
+        mask = self.exclude_seen if exclude_seen is None else exclude_seen
         rows = []
-        for retriever in self.retrievers():
+        for retriever in self.retrievers(mask):
             counts = np.bincount(parts.train.item, minlength=len(retriever.items))
 
             def tell(done: int, users: int, name: str = retriever.name) -> None:
                 if progress is not None:
                     progress(name, done, users)
 
-            mask = self.exclude_seen if exclude_seen is None else exclude_seen
             rows.append(evaluate(retriever, targets, exclude_seen=mask, popularity=counts, progress=tell))
         return rows
 
@@ -296,9 +299,7 @@ class Bundle:
         self.text.save(aside / "text")
         self.tokenizer.save(aside / "tokenizer")
         (aside / "metrics.json").write_text(json.dumps(self.metrics, indent=1), encoding="utf-8")
-        quality = self.id_report()
-        (aside / "ids_report.txt").write_text(quality.table(), encoding="utf-8")
-        quality.plot(aside / "ids_report.png")
+        (aside / "ids_report.txt").write_text(self.id_report().table(), encoding="utf-8")
 
     def _about(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,259 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import (
+    BundleDamagedError,
+    BundleVersionError,
+    ConfigError,
+    DataError,
+    SchemaError,
+    UnknownIdError,
+)
+from tiglon.evaluation.protocol import to_json
+from tiglon.retrieval.retriever import Retriever
+from tiglon.serving.bundle import Bundle, matching_id
+from tiglon.types import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_path):
+    return Bundle.load(bundle_path)
+
+
+@pytest.fixture()
+def copy(bundle_path, tmp_path):
+    """A bundle that a test may damage."""
+    return shutil.copytree(bundle_path, tmp_path / "copy")
+
+
+# -- answers -----------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_tiger_in_raw_ids(bundle):
+    bundle.tiger.log = bundle.histories
+    expected = bundle.tiger.recommend([3, 7], 5, exclude_seen=True)
+    found = bundle.recommend([3, 7], 5)
+    assert [[(r.item_id, r.score) for r in row] for row in found] == expected
+    assert {r.source for row in found for r in row} == {"tiger"}
+
+
+def test_seen_items_are_hidden_as_the_bundle_was_made_or_as_asked(bundle):
+    seen = set(bundle.histories.before([3]).item.tolist())  # raw ids are 0 … n−1 in this world
+    assert bundle.exclude_seen
+    assert not seen & {r.item_id for r in bundle.recommend([3], 30)[0]}
+    assert seen < {r.item_id for r in bundle.recommend([3], 40, exclude_seen=False)[0]}
+
+
+def test_who_is_not_known_gets_what_is_popular_and_is_told(bundle):
+    popular = bundle.recommend([123456], 4)[0]
+    assert {r.source for r in popular} == {"popularity"}
+    counts = bundle.popularity.counts[[r.item_id for r in popular]]
+    assert counts.tolist() == np.sort(bundle.popularity.counts)[::-1][:4].tolist()
+    nothing, unknown = bundle.recommend(history=[[], ["wibble", 10**18]], k=4)
+    assert nothing == unknown == popular
+
+
+def test_a_history_given_stands_for_a_user(bundle):
+    life = bundle.histories.before([5])
+    times_differ = bundle.recommend(history=[life.item.tolist()], k=5)[0]
+    assert [r.item_id for r in times_differ] == [r.item_id for r in bundle.recommend([5], 5)[0]]
+
+
+def test_k_larger_than_the_catalogue_gives_the_catalogue(bundle):
+    found = bundle.recommend([1, 999], 1000, exclude_seen=False)
+    assert [sorted(r.item_id for r in row) for row in found] == [list(range(40))] * 2
+
+
+def test_where_tiger_finds_too_few_the_neighbours_fill_the_list(bundle, monkeypatch):
+    retrieve = bundle.tiger.retrieve
+    monkeypatch.setattr(bundle.tiger, "retrieve", lambda h, k, **options: retrieve(h, 2, **options))
+    found = bundle.recommend([1], 6)[0]
+    assert [r.source for r in found] == ["tiger"] * 2 + ["text + co-occurrence"] * 4
+    assert len({r.item_id for r in found}) == 6
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5])
+def test_a_bad_k_is_refused(bundle, k):
+    with pytest.raises(ConfigError, match="k is a whole number of at least 1"):
+        bundle.recommend([1], k)
+
+
+def test_someone_must_be_asked_for(bundle):
+    with pytest.raises(ConfigError, match="neither users nor a history"):
+        bundle.recommend()
+
+
+def test_ids_typed_on_a_command_line_take_the_vocabularys_type():
+    assert matching_id(Vocabulary([2**60, 5]), str(2**60)) == 2**60
+    assert matching_id(Vocabulary(["Müller", "007"]), "007") == "007"
+    with pytest.raises(UnknownIdError, match="the id 'x'. Ids here are whole numbers, such as 5."):
+        matching_id(Vocabulary([5]), "x")
+
+
+# -- evaluation --------------------------------------------------------------------------------------------
+
+
+def test_evaluating_again_gives_the_metrics_of_the_training(bundle):
+    asked = []
+    rows = bundle.evaluate(progress=lambda name, done, users: asked.append((name, done / users)))
+    stored = {key: bundle.metrics[key] for key in ("split", "users", "rows")}
+    assert to_json(rows, "test") == stored
+    assert asked[-1] == ("tiger", 1.0)
+
+
+def test_repeats_stand_in_the_table_where_seen_items_do(bundle):
+    assert "repeats" not in {row.name for row in bundle.evaluate("validation")}
+    assert "repeats" in {row.name for row in bundle.evaluate("validation", exclude_seen=False)}
+
+
+def test_retrievers_are_retrievers(bundle):
+    assert all(isinstance(retriever, Retriever) for retriever in bundle.retrievers(exclude_seen=False))
+
+
+# -- new items ---------------------------------------------------------------------------------------------
+
+
+def newcomers(bundle):
+    """Two items that read like items 0 and 1, one that is known, in another order of columns."""
+    title = bundle.items.table["title"]
+    return pl.DataFrame({"title": [title[1], "known", title[0]], "item_id": [900, 7, 500]})
+
+
+def test_new_items_are_recommended_at_once_and_old_ids_stay(bundle):
+    later = bundle.add_items(newcomers(bundle))
+    old = len(bundle.items)
+    assert later.items.vocabulary.raw.to_pylist()[old:] == [500, 900]
+    assert np.array_equal(later.tiger.ids.codes[:old], bundle.tiger.ids.codes)
+    assert np.array_equal(later.tiger.ids.codes[old:, :-1], bundle.tiger.ids.codes[:2, :-1])
+    assert later.tiger.ids.parent == bundle.tiger.ids.version
+    everything = later.recommend([1], 100, exclude_seen=False)[0]
+    assert {500, 900} < {r.item_id for r in everything}
+    assert len(bundle.items) == len(bundle.tiger.trie) == 40
+
+
+def test_new_items_enter_beside_their_likes_up_to_their_share(bundle):
+    later = bundle.add_items(newcomers(bundle))
+    plain = [r.item_id for r in bundle.recommend([1], 10, exclude_seen=False)[0]]
+    assert [
+        r.item_id for r in later.recommend([1], 10, exclude_seen=False, new_share=0.0)[0] if r.item_id < 40
+    ]
+    mixed = [r.item_id for r in later.recommend([1], 10, exclude_seen=False, new_share=0.1)[0]]
+    assert sum(item >= 500 for item in mixed) <= 1
+    assert len(set(mixed)) == 10 and [i for i in mixed if i < 40][:5] == plain[:5]  # noqa: PT018
+
+
+def test_a_new_item_in_a_history_does_not_disturb_the_neighbours(bundle, monkeypatch):
+    later = bundle.add_items(newcomers(bundle))
+    retrieve = later.tiger.retrieve
+    monkeypatch.setattr(later.tiger, "retrieve", lambda h, k, **options: retrieve(h, 1, **options))
+    sources = {r.source for r in later.recommend(history=[[500, 3]], k=3)[0]}
+    assert sources == {"tiger", "text + co-occurrence"}
+
+
+def test_items_that_are_known_already_change_nothing(bundle):
+    assert bundle.add_items(newcomers(bundle)[1:2]) is bundle
+
+
+def test_a_saved_update_is_a_new_version_with_the_same_answers(bundle, tmp_path):
+    later = bundle.add_items(newcomers(bundle))
+    later.save(tmp_path / "later")
+    loaded = Bundle.load(tmp_path / "later")
+    assert loaded.version != bundle.version
+    assert loaded.recommend([1, 2], 20) == later.recommend([1, 2], 20)
+    assert "repeats" not in {row.name for row in loaded.evaluate()}
+    assert loaded.add_items(newcomers(bundle)) is loaded
+
+
+@pytest.mark.parametrize(
+    "table, error, message",
+    [
+        ({"item_id": ["a"], "title": ["x"]}, SchemaError, "item ids of type String in the log and int64"),
+        (
+            {"item_id": [77], "colour": ["red"]},
+            SchemaError,
+            "The bundle's items have item_id, title, category",
+        ),
+        ({"item_id": [77, 77], "title": ["x", "y"]}, DataError, "stand more than once"),
+        ({"id": [77], "title": ["x"]}, SchemaError, "no column 'item_id'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(bundle, table, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        bundle.add_items(pl.DataFrame(table))
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):
+    bundle.save(tmp_path / "again")
+    again = Bundle.load(tmp_path / "again")
+    assert again.version == bundle.version
+    assert again.recommend([1, 2, 3], 10) == bundle.recommend([1, 2, 3], 10)
+    assert again.items.table.equals(bundle.items.table)
+    assert isinstance(again.histories, HistoryStore)
+
+
+def test_the_manifest_lists_every_file(bundle, bundle_path):
+    there = {p.relative_to(bundle_path).as_posix() for p in bundle_path.rglob("*") if p.is_file()}
+    assert there == {*bundle.manifest["files"], "manifest.json"}
+    assert all(name.endswith((".json", ".npy", ".parquet", ".safetensors", ".txt")) for name in there)
+    assert bundle.manifest["recipe"]["tiger"]["train"]["epochs"] == 2
+    assert bundle.manifest["data"]["items"] == 40
+
+
+def test_every_damaged_file_is_named(copy):
+    for name in Bundle.load(copy).manifest["files"]:
+        file = copy / name
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(damaged) // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(BundleDamagedError, match=re.escape(f"{name} in {copy} is damaged")):
+            Bundle.load(copy)
+        file.unlink()
+        with pytest.raises(BundleDamagedError, match=re.escape(f"{name} is missing from {copy}")):
+            Bundle.load(copy)
+        file.write_bytes(whole)
+    Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda text: text[: len(text) // 2], "manifest.json cannot be read"),
+        (lambda text: "[]", "manifest.json cannot be read"),
+        (
+            lambda text: text.replace('"exclude_seen": true', '"exclude_seen": false'),
+            "not what its version says",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named(copy, edit, message):
+    manifest = copy / "manifest.json"
+    manifest.write_text(edit(manifest.read_text()))
+    with pytest.raises(BundleDamagedError, match=message):
+        Bundle.load(copy)
+
+
+def test_a_newer_bundle_asks_for_a_newer_tiglon(copy):
+    manifest = copy / "manifest.json"
+    content = json.loads(manifest.read_text()) | {"format": 2, "tiglon": "7.0.0"}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(BundleVersionError) as error:
+        Bundle.load(copy)
+    assert str(error.value).startswith("a bundle of format 2, written by Tiglon 7.0.0. This is Tiglon ")
+    assert str(error.value).endswith("reads formats up to 1. Update Tiglon: pip install --upgrade tiglon.")
+
+
+def test_what_is_no_bundle_is_no_bundle(tmp_path):
+    with pytest.raises(BundleDamagedError, match="no bundle at .*tiglon train"):
+        Bundle.load(tmp_path / "nothing")
+    with pytest.raises(BundleDamagedError, match=r"has no manifest.json"):
+        Bundle.load(tmp_path)

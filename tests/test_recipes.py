@@ -1,0 +1,291 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon import recipes
+from tiglon.data.events import read_interactions, read_items
+from tiglon.errors import ConfigError, DataError, StorageError
+from tiglon.recipes import (
+    IdsConfig,
+    Reporter,
+    override,
+    repeat_share,
+    text_columns,
+    tiger,
+    tiger_paper,
+    train,
+)
+from tiglon.retrieval.tiger_causal import CausalConfig
+from tiglon.retrieval.tiger_paper import PaperConfig
+from tiglon.serving.bundle import Bundle
+
+
+class Listener(Reporter):
+    def __init__(self):
+        self.lines, self.shares = [], []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def share(self, task, share, note=""):
+        self.shares.append((task, share))
+
+
+# -- recipes and their settings ------------------------------------------------------------------------
+
+
+def test_the_recipe_grows_with_the_data():
+    small, large = tiger(13_000, 300), tiger(150_000, 12_000)
+    assert isinstance(small.tiger.model, CausalConfig)
+    assert small.tiger.model.width < large.tiger.model.width
+    assert (small.ids.codes, large.ids.codes) == (64, 256)
+    assert large.tiger.model == CausalConfig()
+
+
+def test_the_paper_recipe_is_the_paper_whatever_the_data():
+    recipe = tiger_paper(100, 10)
+    assert recipe.tiger.model == PaperConfig()
+    assert (recipe.ids.tokenizer, recipe.ids.levels, recipe.ids.codes) == ("rqvae", 3, 256)
+    assert recipe.exclude_seen is False
+    assert not recipe.tiger.renormalise
+
+
+@pytest.mark.parametrize(
+    "key, text, read",
+    [
+        ("train.lr", "0.002", lambda r: r.tiger.train.lr == 0.002),
+        ("tiger.train.lr", "0.002", lambda r: r.tiger.train.lr == 0.002),
+        ("train.bfloat16", "False", lambda r: r.tiger.train.bfloat16 is False),
+        ("train.bfloat16", "true", lambda r: r.tiger.train.bfloat16 is True),
+        ("train.minutes", "2", lambda r: r.tiger.train.minutes == 2.0),
+        ("train.minutes", "none", lambda r: r.tiger.train.minutes is None),
+        ("train.betas", "0.9,0.95", lambda r: r.tiger.train.betas == (0.9, 0.95)),
+        ("model.width", "64", lambda r: r.tiger.model.width == 64),
+        ("window", "20", lambda r: r.tiger.window == 20),
+        ("ids.tokenizer", "lsh", lambda r: r.ids.tokenizer == "lsh"),
+        ("text.template", "{title}", lambda r: r.text.template == "{title}"),
+        ("exclude_seen", "false", lambda r: r.exclude_seen is False),
+    ],
+)
+def test_override_reads_values_by_their_type(key, text, read):
+    before = tiger()
+    assert read(override(before, {key: text}))
+    assert before == tiger()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train.lrr": "1"}, "unknown setting 'train.lrr'. Did you mean 'train.lr'?"),
+        ({"wibble": "1"}, "unknown setting 'wibble'. Known: "),
+        ({"name": "mine"}, "unknown setting 'name'"),
+        ({"train.epochs": "2.5"}, "train.epochs=2.5. train.epochs is of type int."),
+        ({"train.bfloat16": "maybe"}, "train.bfloat16=maybe. train.bfloat16 is of type bool."),
+        ({"train.lr": "nan"}, "train.lr=nan. train.lr is of type float."),
+        ({"train.betas": "0.9"}, "train.betas=0.9"),
+        ({"train.lr": "-1"}, "lr=-1.0"),
+        ({"ids.tokenizer": "kmeans"}, "tokenizer 'kmeans'. Known: lsh, random, residual-kmeans, rqvae"),
+    ],
+)
+def test_override_refuses_what_it_cannot_read(changes, message):
+    with pytest.raises(ConfigError) as error:
+        override(tiger(), changes)
+    assert message in str(error.value)
+
+
+def test_every_setting_can_be_named():
+    places = list(recipes._paths(tiger()))
+    assert len({path[-2:] for path in places}) == len(places)
+    flat = json.dumps(dataclasses.asdict(tiger()))
+    assert all(f'"{path[-1]}"' in flat for path in places)
+
+
+# -- what the data say -----------------------------------------------------------------------------------
+
+
+def test_text_columns_leave_identifiers_out():
+    table = pl.DataFrame(
+        {
+            "item_id": [1, 2],
+            "asin": ["B01", "B02"],
+            "title": ["Soap", None],
+            "brand_id": ["12", "13"],
+            "image_url": ["a", "b"],
+            "page": ["http://a.b/c", "https://d.e"],
+            "categories": [["Bath"], []],
+            "price": [1.0, 2.0],
+            "lexical_id": [["a"], ["b"]],
+            "width": ["wide", "narrow"],
+        }
+    )
+    assert text_columns(read_items(table)) == ["title", "categories", "width"]
+
+
+def test_repeats_are_counted_within_a_user():
+    table = pl.DataFrame(
+        {"user_id": [1, 1, 1, 2, 2], "item_id": [7, 7, 8, 7, 8], "timestamp": [1, 2, 3, 1, 2]}
+    )
+    assert repeat_share(read_interactions(table)) == pytest.approx(1 / 5)
+
+
+# -- the job ---------------------------------------------------------------------------------------------
+
+
+def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_tables, tiny, tmp_path):
+    listener = Listener()
+    log = pl.read_parquet(world_tables / "interactions.parquet")
+    stranger = pl.DataFrame({"user_id": [0], "item_id": [999], "timestamp": [1]})
+    bundle = train(
+        pl.concat([log, stranger]),
+        world_tables / "items.parquet",
+        tmp_path / "out",
+        changes=tiny,
+        reporter=listener,
+    )
+    said = "\n".join(listener.lines)
+    assert "1 items of the log are not in the item table; they join it without text" in said
+    assert "seen items are not recommended again" in said
+    assert listener.shares[-1] == ("testing tiger", 1.0)
+    assert os.listdir(tmp_path) == ["out"]
+    assert [row["name"] for row in bundle.metrics["rows"]] == [
+        "popularity",
+        "text neighbours",
+        "co-occurrence",
+        "text + co-occurrence",
+        "tiger",
+    ]
+    assert bundle.recipe["tiger"]["train"]["epochs"] == 2
+    assert 999 in bundle.items.vocabulary.raw.to_pylist()
+
+
+def test_where_users_repeat_themselves_seen_items_stay(tiny, tmp_path):
+    log = pl.DataFrame(
+        {"user_id": np.repeat(np.arange(20), 6), "item_id": np.tile([1, 2, 1, 2, 3, 1], 20)}
+    ).with_columns(timestamp=pl.int_range(pl.len()))
+    listener = Listener()
+    items = pl.DataFrame({"item_id": [1, 2, 3], "title": ["tea", "milk", "bread"]})
+    bundle = train(log, items, tmp_path / "out", changes=tiny, reporter=listener)
+    assert (
+        "50% of the events repeat an item of the same user: seen items stay in the ranking" in listener.lines
+    )
+    assert bundle.exclude_seen is False
+    assert {r.item_id for r in bundle.recommend([0], 10)[0]} == {1, 2, 3}
+    assert "repeats" in [row["name"] for row in bundle.metrics["rows"]]
+
+
+def test_a_table_without_words_gets_random_ids(world_tables, tiny, tmp_path):
+    listener = Listener()
+    items = pl.read_parquet(world_tables / "items.parquet").select("item_id")
+    bundle = train(
+        world_tables / "interactions.parquet", items, tmp_path / "out", changes=tiny, reporter=listener
+    )
+    assert "No column of words in the item table: semantic IDs are random" in listener.lines
+    assert len(np.unique(bundle.tiger.ids.codes[:, :-1], axis=0)) > 10
+
+
+@pytest.mark.parametrize("tokenizer", ["lsh", "random", "rqvae"])
+def test_other_tokenizers_train_too(world_tables, tiny, tmp_path, tokenizer):
+    changes = tiny | {"ids.tokenizer": tokenizer, "train.epochs": "1"}
+    bundle = train(
+        world_tables / "interactions.parquet", world_tables / "items.parquet", tmp_path / "o", changes=changes
+    )
+    assert bundle.recommend([1], 3)[0][0].source == "tiger"
+
+
+def test_a_catalogue_of_one_item(tiny, tmp_path):
+    log = pl.DataFrame({"user_id": [1] * 4, "item_id": [5] * 4, "timestamp": [1, 2, 3, 4]})
+    items = pl.DataFrame({"item_id": [5], "title": ["the only one"]})
+    bundle = train(log, items, tmp_path / "out", changes=tiny)
+    assert [(r.item_id, r.source) for r in bundle.recommend([1], 10)[0]] == [(5, "tiger")]
+
+
+def test_users_of_few_events_only_teach_and_a_log_of_them_alone_is_refused(world_tables, tiny, tmp_path):
+    log = pl.DataFrame({"user_id": [1, 2, 2], "item_id": [1, 1, 2], "timestamp": [1, 1, 2]})
+    with pytest.raises(DataError, match="2 users, none with three moments"):
+        train(log, world_tables / "items.parquet", tmp_path / "out", changes=tiny)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_stands_at_out_is_not_replaced_unasked(world_tables, bundle_path, tiny, tmp_path):
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    with pytest.raises(ConfigError, match="where a bundle stands already. Choose another path, or pass --ov"):
+        train(*tables, bundle_path, changes=tiny)
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter.tex").write_text("x")
+    with pytest.raises(ConfigError, match="which exists and is no bundle"):
+        train(*tables, mine, changes=tiny, overwrite=True)
+    assert (mine / "chapter.tex").exists()
+
+
+def test_an_unfinished_run_of_other_settings_is_not_mixed_in(world_tables, tiny, tmp_path):
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    (work / "job.json").write_text('{"job": "another"}')
+    with pytest.raises(ConfigError, match="an unfinished run of other data or settings"):
+        train(*tables, tmp_path / "out", changes=tiny)
+
+
+KILLED = """
+import json, sys
+import torch
+from tiglon.recipes import Reporter, train
+torch.set_num_threads(1)
+folder, out, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+class Loud(Reporter):
+    def share(self, task, share, note=""):
+        print(task, share, flush=True)
+train(folder + "/interactions.parquet", folder + "/items.parquet", out, changes=changes, reporter=Loud())
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(world_tables, tiny, tmp_path):
+    changes = tiny | {"train.epochs": "12", "train.evaluations": "2", "train.checkpoint_minutes": "0.0001"}
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(world_tables), str(out), json.dumps(changes)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / ".out.work" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not out.exists()
+
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    listener = Listener()
+    resumed = train(*tables, out, changes=changes, reporter=listener)
+    assert any(line.startswith("Going on with the run in ") for line in listener.lines)
+    unbroken = train(*tables, tmp_path / "other", changes=changes)
+    assert resumed.metrics["rows"] == unbroken.metrics["rows"]
+    assert resumed.recommend([1, 2], 5) == unbroken.recommend([1, 2], 5)
+
+
+def test_a_full_disk_leaves_the_old_bundle(world_tables, bundle_path, monkeypatch, tmp_path):
+    bundle = Bundle.load(bundle_path)
+    bundle.save(tmp_path / "out")
+    before = Bundle.load(tmp_path / "out").version
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tiglon.serving.bundle._flush", full)
+    with pytest.raises(StorageError, match="No space left on device. Nothing was changed there. Free some"):
+        bundle.save(tmp_path / "out")
+    assert Bundle.load(tmp_path / "out").version == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ids_config_is_checked_when_made():
+    with pytest.raises(ConfigError):
+        IdsConfig(tokenizer="nothing")  # type: ignore[arg-type]
