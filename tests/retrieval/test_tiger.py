@@ -106,7 +106,7 @@ def test_scores_are_the_losses_it_trains_on(tiger, renormalise):
     for item, score in zip(found.item[0], found.score[0], strict=True):
         life.item[4] = item
         with torch.no_grad():
-            loss = tiger.loss(collate(life.item, moments(life), np.ones(5, bool), np.array([[0, 5, 4]])))
+            loss = tiger.loss(collate(life.item, moments(life), np.ones(5, bool), np.array([[0, 5, 4]]), 5))
         assert -loss.sum().item() == pytest.approx(score, abs=1e-4)
 
 

@@ -372,7 +372,11 @@ def histories_moments(histories: Histories) -> np.ndarray:
 
 
 class _Batches(Sequence[Batch]):
-    """The batches of one epoch: rows of similar length together, in an order drawn by the seed."""
+    """The batches of one epoch: rows of one width together, in an order drawn by the seed.
+
+    Widths come in steps, and the batches of a width have the same number of rows (or one more): torch
+    compiles and keeps a kernel for every shape that it meets, so few shapes are fast and small.
+    """
 
     def __init__(
         self,
@@ -386,11 +390,14 @@ class _Batches(Sequence[Batch]):
         self.item, self.moment, self.wanted, self.windows = item, moment, wanted, windows
         random = np.random.default_rng(seed)
         length = windows[:, 1] - windows[:, 0]
-        order = np.argsort(length + 2 * random.random(len(windows)), kind="stable")
-        number = np.cumsum(windows[order, 1] - windows[order, 2]) // targets
-        cuts = np.flatnonzero(np.diff(number)) + 1
-        groups = np.split(order, cuts)
-        self.groups = [groups[i] for i in random.permutation(len(groups))]
+        step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64) - 3, 0)
+        self.width = -(-length // step) * step  # exact up to 8, then to multiples of 2, 4, 8, …
+        predicted = windows[:, 1] - windows[:, 2]
+        groups: list[np.ndarray] = []
+        for width in np.unique(self.width):
+            rows = random.permutation(np.flatnonzero(self.width == width))
+            groups += np.array_split(rows, -(-int(predicted[rows].sum()) // targets))
+        self.groups = [groups[i] for i in random.permutation(len(groups)) if len(groups[i])]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -398,16 +405,18 @@ class _Batches(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return (self[i] for i in range(*index.indices(len(self))))
-        return collate(self.item, self.moment, self.wanted, self.windows[self.groups[index]])
+        rows = self.groups[index]
+        return collate(self.item, self.moment, self.wanted, self.windows[rows], int(self.width[rows[0]]))
 
 
-def collate(item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, windows: np.ndarray) -> Batch:
-    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch.
+def collate(
+    item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, windows: np.ndarray, width: int
+) -> Batch:
+    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch `width` wide.
 
     wanted: (E,) bool, the events that may be targets.
     """
     start, stop, first = windows.T
-    width = int((stop - start).max())
     at = start[:, None] + np.arange(width)
     real = at < stop[:, None]
     at = np.where(real, at, start[:, None])
