@@ -181,13 +181,21 @@ def test_where_users_repeat_themselves_seen_items_stay(tiny, tmp_path):
     assert "repeats" in [row["name"] for row in bundle.metrics["rows"]]
 
 
-def test_a_table_without_words_gets_random_ids(world_tables, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "behaviour, said",
+    [
+        ("0", "No column of words in the item table: semantic IDs are random"),
+        ("0.7", "from what is used together;"),
+    ],
+)
+def test_a_table_without_words_gets_other_ids(world_tables, tiny, tmp_path, behaviour, said):
     listener = Listener()
     items = pl.read_parquet(world_tables / "items.parquet").select("item_id")
+    changes = tiny | {"ids.behaviour": behaviour}
     bundle = train(
-        world_tables / "interactions.parquet", items, tmp_path / "out", changes=tiny, reporter=listener
+        world_tables / "interactions.parquet", items, tmp_path / "out", changes=changes, reporter=listener
     )
-    assert "No column of words in the item table: semantic IDs are random" in listener.lines
+    assert said in "\n".join(listener.lines)
     assert len(np.unique(bundle.tiger.ids.codes[:, :-1], axis=0)) > 10
 
 
@@ -216,7 +224,9 @@ def test_users_of_few_events_only_teach_and_a_log_of_them_alone_is_refused(world
 
 def test_what_stands_at_out_is_not_replaced_unasked(world_tables, bundle_path, tiny, tmp_path):
     tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
-    with pytest.raises(ConfigError, match="where a bundle stands already. Choose another path, or pass --ov"):
+    with pytest.raises(
+        ConfigError, match=r"where a bundle stands already\. Choose another path, or pass --ov"
+    ):
         train(*tables, bundle_path, changes=tiny)
     mine = tmp_path / "thesis"
     mine.mkdir()
@@ -280,7 +290,9 @@ def test_a_full_disk_leaves_the_old_bundle(world_tables, bundle_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tiglon.serving.bundle._flush", full)
-    with pytest.raises(StorageError, match="No space left on device. Nothing was changed there. Free some"):
+    with pytest.raises(
+        StorageError, match=r"No space left on device\. Nothing was changed there\. Free some"
+    ):
         bundle.save(tmp_path / "out")
     assert Bundle.load(tmp_path / "out").version == before
     assert os.listdir(tmp_path) == ["out"]

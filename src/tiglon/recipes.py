@@ -29,6 +29,7 @@ from tiglon.data.split import leave_last_out
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
 from tiglon.errors import ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
+from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
@@ -58,6 +59,7 @@ class IdsConfig:
     tokenizer: Literal["residual-kmeans", "rqvae", "lsh", "random"] = "residual-kmeans"  # paper: rqvae
     levels: int = 3  # paper: 3, and the collision digit
     codes: int = 256  # a level; paper: 256
+    behaviour: float = 0.7  # weight of what is used together beside text, whose weight is 1; paper: 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,7 +111,9 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
         batch_targets=256,
         renormalise=False,
     )
-    return Recipe("tiger_paper", ids=IdsConfig(tokenizer="rqvae"), tiger=settings, exclude_seen=False)
+    return Recipe(
+        "tiger_paper", ids=IdsConfig(tokenizer="rqvae", behaviour=0.0), tiger=settings, exclude_seen=False
+    )
 
 
 RECIPES: dict[str, RecipeFunction] = {"tiger": tiger, "tiger_paper": tiger_paper}
@@ -264,7 +268,8 @@ def train(
         + (f" ({split.skipped:,} with fewer than three moments only teach)" if split.skipped else "")
     )
 
-    text, tokenizer, ids = _identify(catalogue, settings, reporter)
+    text, vectors = _vectors(split.train, catalogue, settings)
+    tokenizer, ids = _identify(catalogue, text, vectors, settings.ids, reporter)
     work = _workshop(out, log, catalogue, settings, reporter)
     model = Tiger(ids, catalogue.vocabulary, settings.tiger)
     count = sum(p.numel() for p in model.network.parameters())
@@ -281,6 +286,7 @@ def train(
         histories=HistoryStore.build(log),
         text=text,
         tokenizer=tokenizer,
+        vectors=vectors,
         exclude_seen=bool(settings.exclude_seen),
         recipe=asdict(settings),
         metrics={},
@@ -312,16 +318,24 @@ def _mask_rule(settings: Recipe, log: Interactions, reporter: Reporter) -> Recip
     return settings
 
 
-def _identify(
-    catalogue: Items, settings: Recipe, reporter: Reporter
-) -> tuple[ItemText, Tokenizer, SemanticIds]:
-    """Text vectors, a tokenizer fitted on them, and the IDs."""
+def _vectors(training: Interactions, catalogue: Items, settings: Recipe) -> tuple[ItemText, np.ndarray]:
+    """How items become vectors, and those (N, D) of the catalogue."""
     text = item_text(catalogue, settings.text)
-    tokenizer = make_tokenizer(settings.ids)
-    if text.silent:
-        tokenizer = RandomIds(settings.ids.levels, settings.ids.codes, seed=settings.ids.seed)
+    words = text.words(catalogue)
+    if not settings.ids.behaviour:
+        return text, words
+    behaviour = BehaviourVectors(settings.ids.behaviour, seed=settings.ids.seed)
+    return replace(text, behaviour=behaviour), behaviour.fit_encode(training, words)
+
+
+def _identify(
+    catalogue: Items, text: ItemText, vectors: np.ndarray, config: IdsConfig, reporter: Reporter
+) -> tuple[Tokenizer, SemanticIds]:
+    """A tokenizer fitted on the vectors, and the IDs."""
+    tokenizer = make_tokenizer(config)
+    if text.silent and text.behaviour is None:
+        tokenizer = RandomIds(config.levels, config.codes, seed=config.seed)
         reporter.say("No column of words in the item table: semantic IDs are random")
-    vectors = text.vectors(catalogue)
     tokenizer.fit(vectors)
     codes = codes_of(tokenizer, vectors, catalogue.vocabulary)
     ids = SemanticIds.assign(codes, tokenizer.sizes, catalogue.vocabulary)
@@ -331,7 +345,7 @@ def _identify(
         f"{shared[shared > 1].sum() / len(ids):.0%} of the items share their first {len(ids.sizes) - 1} codes "
         f"with another, {shared.max():,} at most"
     )
-    return text, tokenizer, ids
+    return tokenizer, ids
 
 
 def item_text(catalogue: Items, config: ItemTextConfig) -> ItemText:

@@ -5,7 +5,7 @@
     neighbours/ popularity/ repeats/    retrievers without training: baselines, and what answers in need
     histories/                      every user's life, memory-mapped
     items.parquet                   the catalogue; row i is dense item i
-    text/ tokenizer/                how a new item gets its ID
+    text/ tokenizer/ vectors.npy    how a new item gets its ID; the vectors that the IDs were made of
     metrics.json                    the evaluation
     ids_report.txt                  how good the IDs are
 
@@ -48,6 +48,7 @@ from tiglon.errors import (
     UnknownIdError,
 )
 from tiglon.evaluation.protocol import Evaluation, evaluate
+from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.tiger import Tiger
@@ -71,12 +72,16 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class ItemText:
-    """From an item's columns to its vector. encoder None: a model that is loaded when first needed."""
+    """From an item's columns to its vector. encoder None: a model that is loaded when first needed.
+
+    behaviour: what a text says about how an item is used (`retrieval.behaviour`); None for text alone.
+    """
 
     kind: str  # "tfidf", "column:NAME", or a sentence-transformers model
     template: str
     encoder: TextEncoder | VectorColumn | None
     name: str = ""  # the encoder's, with its version
+    behaviour: BehaviourVectors | None = None
 
     @property
     def silent(self) -> bool:
@@ -84,10 +89,19 @@ class ItemText:
         return self.kind == "tfidf" and not self.template
 
     def described(self) -> str:
-        return f"{self.kind} vectors" + (f' of "{self.template}"' if self.template else "")
+        words = f'text "{self.template}"' if self.template else self.kind
+        together = "what is used together"
+        if self.behaviour is None:
+            return words
+        return together if self.silent else f"{words} and {together}"
 
     def vectors(self, items: Items) -> np.ndarray:
-        """(N, D) float32."""
+        """(M, D) float32 of items without events."""
+        words = self.words(items)
+        return words if self.behaviour is None else self.behaviour.encode(words)
+
+    def words(self, items: Items) -> np.ndarray:
+        """(M, D) float32 of the text alone."""
         encoder = self.encoder
         if encoder is None:
             encoder = SentenceTransformer(self.kind)
@@ -106,6 +120,8 @@ class ItemText:
         (directory / "text.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         if isinstance(self.encoder, TfidfSvd):
             self.encoder.save(directory)
+        if self.behaviour is not None:
+            self.behaviour.save(directory)
 
     @classmethod
     def load(cls, directory: Path) -> ItemText:
@@ -115,7 +131,9 @@ class ItemText:
             encoder = TfidfSvd.load(directory)
         elif about["kind"].startswith("column:"):
             encoder = VectorColumn(about["kind"].removeprefix("column:"))
-        return cls(about["kind"], about["template"], encoder, about["name"])
+        there = (directory / "behaviour.safetensors").is_file()
+        behaviour = BehaviourVectors.load(directory) if there else None
+        return cls(about["kind"], about["template"], encoder, about["name"], behaviour)
 
 
 def codes_of(tokenizer: Tokenizer, vectors: np.ndarray, keys: Vocabulary) -> np.ndarray:
@@ -135,6 +153,7 @@ class Bundle:
     histories: HistoryStore
     text: ItemText
     tokenizer: Tokenizer
+    vectors: np.ndarray  # (N, D) float32
     exclude_seen: bool
     recipe: dict[str, Any]
     metrics: dict[str, Any]
@@ -264,11 +283,12 @@ class Bundle:
         model = copy.copy(self.tiger)
         vectors = self.text.vectors(arrivals)
         model.add_items(joined.vocabulary, codes_of(self.tokenizer, vectors, arrivals.vocabulary))
-        return replace(self, items=joined, tiger=model, manifest={}, path=None)
+        both = np.concatenate([self.vectors, vectors])
+        return replace(self, items=joined, tiger=model, vectors=both, manifest={}, path=None)
 
     def id_report(self) -> IdReport:
         """How good the semantic IDs are."""
-        return report(self.tiger.ids, self.text.vectors(self.items), self.tokenizer)
+        return report(self.tiger.ids, self.vectors, self.tokenizer)
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -298,6 +318,7 @@ class Bundle:
         self.items.table.write_parquet(aside / "items.parquet")
         self.text.save(aside / "text")
         self.tokenizer.save(aside / "tokenizer")
+        np.save(aside / "vectors.npy", self.vectors)
         (aside / "metrics.json").write_text(json.dumps(self.metrics, indent=1), encoding="utf-8")
         (aside / "ids_report.txt").write_text(self.id_report().table(), encoding="utf-8")
 
@@ -332,6 +353,7 @@ class Bundle:
                 histories=HistoryStore.load(path / "histories"),
                 text=ItemText.load(path / "text"),
                 tokenizer=tokenizers.load(path / "tokenizer"),
+                vectors=np.load(path / "vectors.npy", mmap_mode="r"),
                 exclude_seen=manifest["exclude_seen"],
                 recipe=manifest["recipe"],
                 metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
