@@ -1,0 +1,143 @@
+"""Items that arrive after training: seen and unseen recall, by the paper's rule and over the updated trie.
+
+    python benchmarks/cold_start.py DATA/amazon2014-beauty --out runs/cold [--minutes 20] [--share 0.05]
+
+After TIGER §4.3. 5% of the items are held out before everything: text encoder, tokenizer and network never meet
+them, and their events are taken from training, validation and every history. Afterwards they get IDs from
+the frozen tokenizer. A test user whose next item is one of them counts as unseen, every other as seen; each
+has one list. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
+trie" decodes them like all others. Text neighbours know the new items' texts too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from machine import machine, machine_line
+from rich.console import Console
+from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of
+
+from tiglon.evaluation.protocol import Retriever, evaluate
+from tiglon.recipes import make_tokenizer
+from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
+from tiglon.retrieval.tiger import Tiger, take
+from tiglon.serving.bundle import codes_of
+from tiglon.types import Candidates, Histories, Interactions, Items, Targets, Vocabulary
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
+KS = (10, 20)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--share", type=float, default=0.05, help="of the items, held out")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    console = Console(width=150)
+    console.print(machine_line())
+
+    split, whole = prepare(given.folder)
+    held = np.random.default_rng(given.seed).random(len(whole)) < given.share
+    numbers = np.argsort(held, kind="stable")  # old items first, then the new ones
+    renumbered = np.empty(len(whole), np.int64)
+    renumbered[numbers] = np.arange(len(whole))
+    everything = Items(Vocabulary(whole.vocabulary.decode(numbers)), whole.table[numbers])
+    n_old = int((~held).sum())
+    old = Items(Vocabulary(everything.vocabulary.raw.slice(0, n_old)), everything.table[:n_old])
+    new = Items(Vocabulary(everything.vocabulary.raw.slice(n_old)), everything.table[n_old:])
+    log = split.train.take(~held[split.train.item])
+    log = Interactions(
+        log.user, renumbered[log.item].astype(np.int32), log.time, log.users, old.vocabulary, pl.DataFrame()
+    )
+    validation = without(split.validation, renumbered, n_old, truths=False)
+    test = without(split.test, renumbered, n_old, truths=True)
+    if given.users:
+        test = take(test, np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
+    unseen = np.zeros(len(test), bool)
+    np.logical_or.at(unseen, test.truth.owner, test.truth.item >= n_old)
+    console.print(
+        f"{given.folder.name}: {len(new):,} of {len(everything):,} items held out with "
+        f"{len(split.train) - len(log):,} training events; {unseen.sum():,} of {len(test):,} test users want one"
+    )
+
+    recipe = recipe_of(given.recipe, len(log), old, changes_of(given))
+    text, vectors = item_vectors(log, old, recipe)
+    tokenizer = make_tokenizer(recipe.ids).fit(vectors)
+    tiger = Tiger(identify(tokenizer, vectors, old), old.vocabulary, recipe.tiger)
+    tiger.fit(log, validation, directory=given.out and given.out / "run", report=Printer(console))
+
+    before = copy.copy(tiger)
+    tiger.add_items(everything.vocabulary, codes_of(tokenizer, text.vectors(new), new.vocabulary))
+    known = replace(log, items=everything.vocabulary)
+    retrievers: list[Retriever] = [
+        *(Rule(before, tiger, share) for share in SHARES),
+        tiger,
+        TextNeighbours().fit(known, everything),
+        NeighbourSum().fit(known, everything),
+        Popularity().fit(known, everything),
+    ]
+    rows = []
+    console.print(f"\n{'':<28} {'recall@10 seen':>15} {'unseen':>8} {'all':>8} {'recall@20 unseen':>18}")
+    for retriever in retrievers:
+        found = evaluate(retriever, test, ks=KS, exclude_seen=False, batch=512)
+        name = "TIGER, updated trie" if retriever is tiger else retriever.name
+        recall = {k: found.per_user[f"recall@{k}"] for k in KS}
+        row = {
+            f"recall@{k} {part}": float(recall[k][mask].mean())
+            for k in KS
+            for part, mask in (("seen", ~unseen), ("unseen", unseen), ("all", np.ones(len(test), bool)))
+        }
+        rows.append({"name": name} | row)
+        console.print(
+            f"{name:<28} {row['recall@10 seen']:>15.4f} {row['recall@10 unseen']:>8.4f} "
+            f"{row['recall@10 all']:>8.4f} {row['recall@20 unseen']:>18.4f}"
+        )
+    if given.json:
+        report = {
+            "data": given.folder.name,
+            "held_out_items": len(new),
+            "unseen_users": int(unseen.sum()),
+            "users": len(test),
+            "rows": rows,
+            "machine": machine(),
+        }
+        given.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+class Rule:
+    """The paper's rule: lists over the old items, which new ones join."""
+
+    def __init__(self, before: Tiger, after: Tiger, share: float) -> None:
+        self.before, self.after, self.share = before, after, share
+        self.name, self.items = f"TIGER, rule ε = {share}", after.items
+
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        return self.after.with_unseen(
+            self.before.retrieve(histories, k, exclude_seen=exclude_seen), self.share
+        )
+
+
+def without(targets: Targets, renumbered: np.ndarray, n_old: int, *, truths: bool) -> Targets:
+    """Items by their new numbers, without the new ones in histories, and in truths unless `truths`."""
+    histories = _keep(targets.histories, renumbered, n_old)
+    truth = _keep(targets.truth, renumbered, len(renumbered) if truths else n_old)
+    return Targets(targets.user, histories, truth)
+
+
+def _keep(histories: Histories, renumbered: np.ndarray, below: int) -> Histories:
+    item = renumbered[histories.item]
+    kept = item < below
+    lengths = np.bincount(histories.owner[kept], minlength=len(histories))
+    return Histories(np.concatenate([[0], np.cumsum(lengths)]), item[kept], histories.time[kept])
+
+
+if __name__ == "__main__":
+    main()
