@@ -1,0 +1,346 @@
+"""Every command, and every bad input, as a person meets them: exit status, stdout, stderr."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon import cli
+from tiglon.serving.bundle import Bundle
+
+
+@pytest.fixture
+def tiglon(monkeypatch, capsys):
+    """Runs the command line; (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tiglon", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            status = exit.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def train(tiglon, tiny, tmp_path, world_tables):
+    """Trains on given tables (the world's where none are) with the tiny settings."""
+
+    def run(log=None, items=None, *more, out=tmp_path / "out"):
+        changes = [part for key, value in tiny.items() for part in ("--set", f"{key}={value}")]
+        log = world_tables / "interactions.parquet" if log is None else log
+        items = world_tables / "items.parquet" if items is None else items
+        return tiglon("train", "--interactions", log, "--items", items, "--out", out, *changes, *more)
+
+    return run
+
+
+def write(path: Path, table) -> Path:
+    pl.DataFrame(table).write_parquet(path)
+    return path
+
+
+# -- what works --------------------------------------------------------------------------------------------
+
+
+def test_train_evaluate_recommend(train, tiglon, tmp_path):
+    status, out, err = train()
+    assert status == 0
+    assert "text + co-occurrence" in out and "tiger" in out  # noqa: PT018
+    assert "training 100%" in err
+    assert f"Go on: tiglon recommend {tmp_path / 'out'} --user 0" in err
+
+    status, out, _ = tiglon("evaluate", tmp_path / "out", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert (found["split"], found["users"]) == ("test", 60)
+    assert {"name", "recall@10", "ndcg@10"} <= set(found["rows"][0])
+    assert found["rows"] == Bundle.load(tmp_path / "out").metrics["rows"]
+
+    status, out, _ = tiglon("recommend", tmp_path / "out", "--user", 3, "--k", 4, "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["user_id"] == 3
+    assert [set(item) for item in answer["items"]] == [{"item_id", "score", "source"}] * 4
+    assert answer["bundle"] == Bundle.load(tmp_path / "out").version
+
+
+def test_evaluate_prints_a_table_that_fits_a_terminal(tiglon, bundle_path):
+    status, out, err = tiglon("evaluate", bundle_path, "--split", "validation", "--include-seen")
+    assert status == 0
+    assert "Validation, seen items shown" in out
+    assert "recall@10" in out and "repeats" in out  # noqa: PT018
+    assert max(map(len, out.splitlines())) <= 80
+    assert "testing tiger 100%" in err
+
+
+def test_recommend_shows_what_the_items_are(tiglon, bundle_path):
+    status, out, err = tiglon("recommend", bundle_path, "--user", 3, "--k", 2)
+    best = Bundle.load(bundle_path).recommend([3], 2)[0][0]
+    title = Bundle.load(bundle_path).items.table["title"][best.item_id]
+    assert (status, err) == (0, "")
+    assert title in out
+
+
+def test_recommend_for_a_history_says_what_it_skips(tiglon, bundle_path):
+    status, out, err = tiglon("recommend", bundle_path, "--history", "1, 2,4711", "--k", 3, "--json")
+    assert status == 0
+    assert err == "not in the catalogue, and skipped: 4711\n"
+    expected = Bundle.load(bundle_path).recommend(history=[[1, 2]], k=3)[0]
+    assert [item["item_id"] for item in json.loads(out)["items"]] == [r.item_id for r in expected]
+
+
+def test_ids_report_and_plot(tiglon, bundle_path, tmp_path):
+    status, out, _ = tiglon("ids", "report", bundle_path, "--plot", tmp_path / "ids.png")
+    assert status == 0
+    assert out.startswith("Semantic IDs of 40 items")
+    assert out == (bundle_path / "ids_report.txt").read_text()
+    assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ids_update(tiglon, bundle_path, tmp_path):
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    new = write(tmp_path / "new.parquet", {"item_id": [500, 1], "title": ["defide lagoba", "known"]})
+    status, _, err = tiglon("ids", "update", copy, "--items", new)
+    assert status == 0
+    assert (
+        err == f"1 new items; version {Bundle.load(bundle_path).version} became {Bundle.load(copy).version}\n"
+    )
+    status, _, err = tiglon("ids", "update", copy, "--items", new)
+    assert (status, err) == (0, "no item of the table is new; the bundle stays as it is\n")
+    _, out, _ = tiglon("recommend", copy, "--user", 3, "--k", 100, "--include-seen", "--json")
+    assert 500 in [item["item_id"] for item in json.loads(out)["items"]]
+
+
+def test_data_inspect_and_validate(tiglon, world_tables, tmp_path):
+    tables = world_tables / "interactions.parquet", "--items", world_tables / "items.parquet"
+    status, out, _ = tiglon("data", "inspect", *tables)
+    assert status == 0
+    assert "60 users, 40 items" in out
+    assert tiglon("data", "validate", *tables)[0] == 0
+    bad = write(tmp_path / "bad.parquet", {"user_id": [1], "item": [2], "timestamp": [-3]})
+    status, out, _ = tiglon("data", "validate", bad)
+    assert status == 1
+    assert "The column is missing. Did you mean 'item'?" in out and "negative" in out  # noqa: PT018
+
+
+def test_data_get_knows_its_sets(tiglon):
+    status, _, err = tiglon("data", "get", "amazon-beuty")
+    assert status == 1
+    assert err == "error: no data set named 'amazon-beuty'. Did you mean 'amazon-beauty'?\n"
+
+
+def test_doctor_looks_at_everything(tiglon):
+    status, out, _ = tiglon("doctor")
+    assert status == 0
+    subjects = [line[8:26].strip() for line in out.splitlines()]
+    assert subjects == [
+        "tiglon",
+        "python",
+        "torch",
+        "bfloat16",
+        "cores",
+        "memory",
+        "disk",
+        "demo data",
+        "text models",
+    ]
+
+
+def test_csv_and_jsonl_and_ids_of_any_kind(train, tiglon, tmp_path):
+    """Ids above 2^53 and non-ASCII ones come back as they were."""
+    rng = np.random.default_rng(0)
+    big = [2**60 + i for i in range(12)]
+    lives = np.stack([rng.permutation(12)[:6] for _ in range(20)]).ravel()
+    log = pl.DataFrame(
+        {
+            "user_id": [f"Kündin {u} 买家" for u in np.repeat(np.arange(20), 6)],
+            "item_id": [big[i] for i in lives],
+            "timestamp": list(range(120)),
+        }
+    )
+    log.write_csv(tmp_path / "log.csv")
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress((tmp_path / "log.csv").read_bytes()))
+    pl.DataFrame({"item_id": big, "title": [f"thé n° {i}" for i in range(12)]}).write_ndjson(
+        tmp_path / "items.jsonl"
+    )
+    status, _, err = train(tmp_path / "log.csv.gz", tmp_path / "items.jsonl")
+    assert status == 0, err
+    _, out, _ = tiglon("recommend", tmp_path / "out", "--user", "Kündin 7 买家", "--json")
+    answer = json.loads(out)
+    assert answer["user_id"] == "Kündin 7 买家"
+    found = {item["item_id"] for item in answer["items"]}
+    assert found <= set(big)
+    assert len(found) == 6  # of twelve items, six were seen
+
+
+# -- bad input ---------------------------------------------------------------------------------------------
+
+LOG = {"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "log, message",
+    [
+        ({"user_id": [1], "item": [1], "timestamp": [1]}, "no column 'item_id'. Needed: user_id, item_id"),
+        (LOG | {"item_id": [1, None, 3]}, "column 'item_id' holds 1 nulls. An id is never null"),
+        (LOG | {"user_id": [1.0, float("nan"), 1.0]}, "column 'user_id' holds Float64"),
+        (LOG | {"timestamp": [1, -2, 3]}, "column 'timestamp' holds 1 negative times, such as -2"),
+        (LOG | {"timestamp": ["now", "then", "x"]}, "strings that are no dates, such as 'now'"),
+        (LOG | {"item_id": ["1", "2", "3"]}, "item ids of type String in the log and int64 in the catalogue"),
+        ({name: values[:0] for name, values in LOG.items()}, "column 'user_id'|a log without events"),
+        ({name: values[:1] for name, values in LOG.items()}, "1 users, none with three moments"),
+    ],
+)
+def test_a_bad_log_is_one_clean_message(train, tmp_path, log, message):
+    status, out, err = train(write(tmp_path / "log.parquet", log))
+    assert (status, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert any(part in last for part in message.split("|")), last
+    assert sorted(os.listdir(tmp_path)) == ["log.parquet"]
+
+
+@pytest.mark.parametrize(
+    "items, message",
+    [
+        ({"item_id": [1, 1], "title": ["a", "b"]}, "1 items stand more than once in the table, such as 1"),
+        ({"id": [1], "title": ["a"]}, "no column 'item_id'"),
+        ({"item_id": [1, None], "title": ["a", "b"]}, "column 'item_id' holds 1 nulls"),
+    ],
+)
+def test_a_bad_item_table_is_one_clean_message(train, tmp_path, items, message):
+    status, _, err = train(None, write(tmp_path / "items.parquet", items))
+    assert status == 1
+    assert message in err.splitlines()[-1]
+
+
+def test_files_that_are_none(train, tmp_path):
+    assert "no file at" in train(tmp_path / "none.parquet")[2]
+    (tmp_path / "empty.csv").touch()
+    assert "an empty file" in train(tmp_path / "empty.csv")[2]
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is none")
+    assert "cannot be read as parquet" in train(tmp_path / "broken.parquet")[2]
+
+
+def test_items_without_text_and_shuffled_rows_and_duplicates_are_taken(train, world_tables, tmp_path):
+    log = pl.read_parquet(world_tables / "interactions.parquet")
+    items = pl.read_parquet(world_tables / "items.parquet")
+    mute = items.with_columns(pl.when(pl.col("item_id") < 5).then(None).otherwise("title").alias("title"))
+    mixed = pl.concat([log, log]).sample(fraction=1.0, shuffle=True, seed=1)
+    assert train(write(tmp_path / "log.parquet", mixed), write(tmp_path / "items.parquet", mute))[0] == 0
+    assert len(Bundle.load(tmp_path / "out").histories.item) == len(log)
+
+
+def test_a_catalogue_of_one_item_and_k_beyond_it(train, tiglon, tmp_path):
+    log = write(tmp_path / "log.parquet", LOG | {"item_id": [1, 1, 1]})
+    items = write(tmp_path / "items.parquet", {"item_id": [1], "title": ["the only one"]})
+    assert train(log, items)[0] == 0
+    _, out, _ = tiglon("recommend", tmp_path / "out", "--user", 1, "--k", 50, "--include-seen", "--json")
+    assert [item["item_id"] for item in json.loads(out)["items"]] == [1]
+
+
+def test_an_unknown_user_gets_what_is_popular_and_is_told(tiglon, bundle_path):
+    status, out, err = tiglon("recommend", bundle_path, "--user", 4711, "--k", 2, "--json")
+    assert (status, err) == (0, "user 4711 is not in the log; what is popular follows\n")
+    assert {item["source"] for item in json.loads(out)["items"]} == {"popularity"}
+    status, _, err = tiglon("recommend", bundle_path, "--user", "Anna")
+    assert (status, err) == (1, "error: the id 'Anna'. Ids here are whole numbers, such as 0.\n")
+
+
+def test_unknown_settings_and_recipes_come_with_a_suggestion(train):
+    status, _, err = train(None, None, "--set", "train.epoch=3")
+    assert (status, err.splitlines()[-1]) == (
+        1,
+        "error: unknown setting 'train.epoch'. Did you mean 'train.epochs'?",
+    )
+    status, _, err = train(None, None, "--recipe", "tigre")
+    assert (status, err) == (1, "error: no recipe named 'tigre'. Did you mean 'tiger'?\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["wibble"],
+        ["train", "--out", "x"],
+        ["recommend", "x"],
+        ["recommend", "x", "--user", "1", "--history", "2"],
+        ["recommend", "x", "--user", "1", "--k", "many"],
+    ],
+)
+def test_wrong_usage_has_status_2(tiglon, arguments):
+    assert tiglon(*arguments)[0] == 2
+
+
+def test_a_setting_without_a_value_is_wrong_usage(train):
+    status, _, err = train(None, None, "--set", "train.epochs")
+    assert status == 2
+    assert "KEY=VALUE" in err
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["recommend", "--user", "1"], ["ids", "report"]])
+def test_bundles_that_cannot_be_read(tiglon, bundle_path, tmp_path, command):
+    def run(path):
+        return (
+            tiglon(command[0], *command[1:2], path, *command[2:])
+            if command[0] == "ids"
+            else tiglon(command[0], path, *command[1:])
+        )
+
+    status, _, err = run(tmp_path / "none")
+    assert status == 1
+    assert err.startswith(f"error: no bundle at {tmp_path / 'none'}. ")
+
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    (copy / "tiger" / "network.safetensors").unlink()
+    assert (
+        run(copy)[2] == f"error: tiger/network.safetensors is missing from {copy}. Copy the bundle again.\n"
+    )
+    shutil.copy(bundle_path / "metrics.json", copy / "tiger" / "network.safetensors")
+    assert "tiger/network.safetensors in" in run(copy)[2]
+
+    content = json.loads((copy / "manifest.json").read_text()) | {"format": 99}
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert run(copy)[2].startswith("error: a bundle of format 99")
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from tiglon.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("limit", [700, 9_000])
+def test_a_full_disk_leaves_nothing_half_written(bundle_path, tmp_path, limit):
+    """No file can grow beyond the limit, as if the disk were full."""
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    new = write(tmp_path / "new.parquet", {"item_id": [500], "title": ["defide lagoba"]})
+    command = [sys.executable, "-c", FULL, str(limit), "ids", "update", str(copy), "--items", str(new)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert "Nothing was changed there" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["copy", "new.parquet"]
+    assert Bundle.load(copy).version == Bundle.load(bundle_path).version
