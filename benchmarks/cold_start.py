@@ -23,6 +23,7 @@ from machine import machine, machine_line
 from rich.console import Console
 from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of
 
+from tiglon.data.sources import tables
 from tiglon.evaluation.protocol import Retriever, evaluate
 from tiglon.recipes import make_tokenizer
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
@@ -44,7 +45,7 @@ def main() -> None:
     console = Console(width=150)
     console.print(machine_line())
 
-    split, whole = prepare(given.folder)
+    split, whole = prepare(tables(given.folder))
     held = np.random.default_rng(given.seed).random(len(whole)) < given.share
     numbers = np.argsort(held, kind="stable")  # old items first, then the new ones
     renumbered = np.empty(len(whole), np.int64)

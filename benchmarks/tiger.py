@@ -26,7 +26,7 @@ from machine import machine, machine_line
 from rich.console import Console
 
 from tiglon.data.events import align, read_interactions, read_items
-from tiglon.data.sources import tables
+from tiglon.data.sources import Source, tables
 from tiglon.data.split import Split, leave_last_out
 from tiglon.evaluation.protocol import Evaluation, Retriever, evaluate, table, to_json
 from tiglon.recipes import RECIPES, Recipe, item_text, make_tokenizer, override
@@ -118,7 +118,7 @@ def run(
     console, stages, machine_before = Console(width=150), Stages(), machine()
     console.print(machine_line())
     with stages.stage("reading"):
-        split, items = prepare(folder)
+        split, items = prepare(tables(folder))
     recipe = recipe_of(recipe_name, len(split.train), items, changes)
     with stages.stage("vectors"):
         text, vectors = item_vectors(split.train, items, recipe)
@@ -168,9 +168,8 @@ def run(
     return report
 
 
-def prepare(folder: Path) -> tuple[Split, Items]:
+def prepare(source: Source) -> tuple[Split, Items]:
     """Clean, number by the catalogue, split off each user's last two moments."""
-    source = tables(folder)
     log, items, _ = align(read_interactions(source.interactions), read_items(source.items))
     return leave_last_out(log), items
 

@@ -1,6 +1,6 @@
 """Residual k-means, RQ-VAE, LSH and random IDs under one small budget: which IDs teach the most?
 
-    python benchmarks/tokenizers.py DATA/amazon2014-beauty --minutes 10 [--seed 0] [--json FILE]
+    python benchmarks/id_tokenizers.py DATA/amazon2014-beauty --minutes 10 [--seed 0] [--json FILE]
 
 The same vectors, network, seed and minutes of training for each; the test is read once for each.
 """
