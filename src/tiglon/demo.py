@@ -27,10 +27,12 @@ HOUSEHOLDS = 10  # a product enters the demo's catalogue when at least so many b
 def recipe(events: int, items: int) -> Recipe:
     """Small enough for one pass over a million events in minutes."""
     settings = tiger(events, items)
-    model = CausalConfig(width=96, heads=3, hidden=256, encoder_layers=2, decoder_layers=2, dropout=0.1)
+    model = CausalConfig(
+        width=96, heads=2, hidden=256, encoder_layers=2, decoder_layers=1, dropout=0.0
+    )  # in one pass nothing is seen twice, so there is nothing to overfit to
     training = replace(settings.tiger.train, epochs=4, lr=2e-3, average=0.99, evaluations=4)
     shape = replace(
-        settings.tiger, model=model, train=training, window=100, batch_targets=2048, validation_users=500
+        settings.tiger, model=model, train=training, window=64, batch_targets=512, validation_users=400
     )
     return replace(settings, name="demo", tiger=shape)
 

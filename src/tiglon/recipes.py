@@ -268,6 +268,7 @@ def train(
         + (f" ({split.skipped:,} with fewer than three moments only teach)" if split.skipped else "")
     )
 
+    reporter.say("Making item vectors …")
     text, vectors = _vectors(split.train, catalogue, settings)
     tokenizer, ids = _identify(catalogue, text, vectors, settings.ids, reporter)
     work = _workshop(out, log, catalogue, settings, reporter)
@@ -276,6 +277,7 @@ def train(
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
 
+    reporter.say("Fitting the retrievers without training …")
     config = TextConfig(template=settings.text.template or text_template(catalogue))
     bundle = Bundle(
         items=catalogue,
