@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
         nn.init.normal_(self.wo.weight, std=hidden**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(self.dropout(F.relu(self.wi(x))))
+        return self.wo(self.dropout(F.relu(self.wi(x), inplace=True)))
 
 
 class EncoderLayer(nn.Module):

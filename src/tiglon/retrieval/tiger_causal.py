@@ -226,7 +226,8 @@ class CausalDecoder:
     """One code at a time for B users × W beams; what all beams of a user share is held once."""
 
     def __init__(self, model: CausalTiger, memory: Memory, moment_B: Tensor) -> None:
-        self.model, self.memory = model, memory
+        self.model = model
+        self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
         self.bias_BHSK = model.relative(model.bias_cross, moment_B[:, None], memory.moment_BK, own=False)
         self.past: list[KeysValues | None] = [None] * len(model.decoder)
         self.written = torch.zeros(len(moment_B), 1, 0, dtype=torch.int64)  # (B, W, s) codes of each beam
@@ -245,7 +246,7 @@ class CausalDecoder:
         W = x.shape[1]
         bias_self = model.bias_self[:, depth : depth + 1, : depth + 1]
         bias = self.bias_BHSK[:, :, depth : depth + 1]
-        for i, (layer, kv) in enumerate(zip(model.decoder, self.memory.layers, strict=True)):
+        for i, (layer, kv) in enumerate(zip(model.decoder, self.layers, strict=True)):
             x, self.past[i] = layer.over_codes(x.reshape(B * W, 1, -1), bias_self, self.past[i])
             x = layer.over_history(x.reshape(B, W, -1), kv, bias)
         states = model.norm_decoder(x).flatten(0, 1)

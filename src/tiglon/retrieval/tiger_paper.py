@@ -179,6 +179,7 @@ class PaperDecoder:
 
     def __init__(self, model: PaperTiger, memory: Memory) -> None:
         self.model, self.memory = model, memory
+        self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
         self.bias = model.bias_self(len(model.sizes))
         self.past: list[KeysValues | None] = [None] * len(model.decoder)
 
@@ -195,10 +196,11 @@ class PaperDecoder:
             token = torch.from_numpy(code) + model.offsets[depth - 1]
         x, W = model.token(token), token.shape[1]
         bias = self.bias[:, depth : depth + 1, : depth + 1]
-        for i, (layer, kv) in enumerate(zip(model.decoder, self.memory.layers, strict=True)):
+        for i, (layer, kv) in enumerate(zip(model.decoder, self.layers, strict=True)):
             x, self.past[i] = layer.over_codes(x.reshape(B * W, 1, -1), bias, self.past[i])
             x = layer.over_history(x.reshape(B, W, -1), kv, self.memory.bias_B11K)
         logits = model.logits(model.norm_decoder(x)).float()
         low, high = int(model.offsets[depth]), int(model.offsets[depth]) + model.sizes[depth]
-        others = torch.cat([logits[..., :low], logits[..., high:]], dim=-1).logsumexp(-1, keepdim=True)
-        return torch.cat([logits[..., low:high], others], dim=-1).numpy()
+        own = logits[..., low:high].clone()
+        logits[..., low:high] = HIDDEN
+        return torch.cat([own, logits.logsumexp(-1, keepdim=True)], dim=-1).numpy()
