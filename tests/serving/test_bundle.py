@@ -206,6 +206,7 @@ def test_the_manifest_lists_every_file(bundle, bundle_path):
     assert all(name.endswith((".json", ".npy", ".parquet", ".safetensors", ".txt")) for name in there)
     assert bundle.manifest["recipe"]["tiger"]["train"]["epochs"] == 2
     assert bundle.manifest["data"]["items"] == 40
+    assert {(bundle_path / name).stat().st_mode & 0o777 for name in there} == {0o644}
 
 
 def test_every_damaged_file_is_named(copy):

@@ -423,6 +423,7 @@ def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
     """List every file, flush everything, the manifest last."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        file.chmod(0o644)  # who serves is often not who trained
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
     manifest = {"format": FORMAT, **about, "files": files}
