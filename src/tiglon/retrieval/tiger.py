@@ -47,7 +47,7 @@ class TigerConfig:
     model: CausalConfig | PaperConfig = field(default_factory=CausalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     window: int = 50  # most recent events read; paper: 20
-    batch_targets: int = 1024  # targets a step; paper: 256
+    batch_targets: int = 384  # targets a step; paper: 256
     beams: int = 50  # width when decoding; reproductions of the paper need 30 or more
     renormalise: bool = True  # see `beam`; the training loss uses the same convention
     validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10

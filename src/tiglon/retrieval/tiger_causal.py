@@ -46,8 +46,8 @@ class CausalConfig:
     head_width: int = 32  # paper: 64
     hidden: int = 512  # paper: 1,024
     encoder_layers: int = 3  # paper: 4
-    decoder_layers: int = 3  # paper: 4
-    dropout: float = 0.2  # paper: 0.1
+    decoder_layers: int = 2  # paper: 4
+    dropout: float = 0.3  # paper: 0.1
     distances: int = 32  # buckets of the relative bias, in moments; farther ones share the last
     prefixes: bool = True  # vectors of their own for the prefixes of trained items; paper: none
 
