@@ -349,3 +349,15 @@ def test_nothing_to_learn_from_is_told():
 
 if __name__ == "__main__":
     killed_again_and_again(Path(sys.argv[1]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step():
+    model = network()
+    steps = itertools.count()
+
+    def poisoned(model, batch):
+        return squared(model, batch) * (float("nan") if next(steps) == 3 else 1.0)
+
+    with pytest.raises(DataError, match=r"a loss of nan at step 3\. A loss is finite"):
+        train(model, epoch_batches, poisoned, None, CONFIG)
+    assert all(torch.isfinite(p).all() for p in model.parameters())

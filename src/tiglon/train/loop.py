@@ -84,7 +84,7 @@ def train(
         None keeps the last weights.
     directory: for checkpoint.safetensors, from which a later call goes on, and metrics.jsonl.
     about: what else the run depends on (data, sizes …), as JSON; a checkpoint of another is refused.
-    Raises DataError where there is nothing to learn from, ConfigError for a checkpoint of another run,
+    Raises DataError where there is nothing to learn from or a loss is not finite, ConfigError for a checkpoint of another run,
     BundleDamagedError for a damaged one, StorageError where the disk refuses.
     """
     torch.manual_seed(config.seed)
@@ -104,8 +104,15 @@ def train(
         for batch in batches[run.step - run.epoch_start :]:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
                 losses = loss_fn(model, batch)
-            run.update(losses.mean(), run.share(total))
-            value, n = losses.detach().mean().item(), len(losses)
+            mean, n = losses.mean(), len(losses)
+            value = mean.item()
+            if not math.isfinite(value):
+                raise DataError(
+                    f"a loss of {value} at step {run.step}",
+                    rule="A loss is finite; this step was not taken",
+                    fix="Lower train.lr, or look for bad values in the data",
+                )
+            run.update(mean, run.share(total))
             run.loss = value if run.loss is None else run.loss + 0.05 * (value - run.loss)
             examples += n
             run.seconds = time.monotonic() - began
