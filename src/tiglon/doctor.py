@@ -52,7 +52,7 @@ def _processor() -> list[Verdict]:
         busy = os.getloadavg()[0]
         if busy > 0.5 * cores:
             text = (
-                f"{cores} cores with a load of {busy:.1f}: on a busy machine two threads are slower than "
+                f"{cores} cores with a load of {busy:.1f}: on a busy machine many threads are slower than "
                 "one; set OMP_NUM_THREADS=1 or wait"
             )
             return [*verdicts, Verdict("warning", "cores", text)]
