@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or the error says why; a failed write leaves the old one."""
 
+import contextlib
 import os
 import resource
 
@@ -25,13 +26,15 @@ def path(tmp_path):
     return tmp_path / "run" / "checkpoint.safetensors"
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file may grow past 4 KiB: writes fail as they do on a full disk."""
+    """No file may grow past 4 KiB: writes fail as they do on a full disk. (Nothing may be printed inside.)"""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_was_saved_comes_back(path):
@@ -53,12 +56,14 @@ def test_a_later_one_replaces_it_past_a_half_written_one(path):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_full_disk_is_told_and_the_old_one_stays(path, request):
+def test_a_full_disk_is_told_and_the_old_one_stays(path):
     checkpoint.save(path, TENSORS, HEAD)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(StorageError, match=r"cannot write .*checkpoint.*\. Free some disk space and run"):
+    with (
+        small_disk(),
+        pytest.raises(StorageError, match=r"cannot write .*checkpoint.*\. Free some disk space and run"),
+    ):
         checkpoint.save(path, TENSORS | {"large": torch.zeros(5000)}, HEAD | {"step": 13})
-    with pytest.raises(StorageError, match=r"cannot write .*metrics"):
+    with small_disk(), pytest.raises(StorageError, match=r"cannot write .*metrics"):
         checkpoint.write_text(path.with_name("metrics.jsonl"), "x" * 5000)
     assert checkpoint.load(path)[1] == HEAD
     assert os.listdir(path.parent) == [path.name]
