@@ -86,8 +86,8 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
     """The default: residual k-means IDs and the one-pass network, sized by the training events and items.
 
     Command   tiglon train --interactions F --items G --out BUNDLE
-    Hardware  RESULTS: to be filled in
-    Score     RESULTS: to be filled in
+    Hardware  one core of two (AVX-512, AMX bfloat16), the other busy: 48 minutes on Beauty's 132k events
+    Score     Beauty, test, nothing masked, one seed: Recall@10 .0599, NDCG@10 .0306 (docs/log.md)
     """
     if events < 50_000:
         model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)
@@ -102,8 +102,7 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
     """The network and the tokenizer of the paper, whatever the size of the data.
 
     Command   tiglon train --recipe tiger_paper --interactions F --items G --out BUNDLE
-    Hardware  RESULTS: to be filled in
-    Score     RESULTS: to be filled in
+    Score     not measured yet; the paper reports Recall@10 .0648 and NDCG@10 .0384 on Beauty
     """
     settings = TigerConfig(
         PaperConfig(),
