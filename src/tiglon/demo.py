@@ -1,8 +1,8 @@
 """The whole funnel on real data: log → semantic IDs → TIGER → evaluation → ten recommendations.
 
 Command   tiglon demo
-Hardware  half a core of two, the rest busy: 8 minutes in all, 2.7 GB at the most
-Score     next basket, seen items shown, test: Recall@10 .0958, NDCG@10 .0993 (repeats: .1702, .1910)
+Hardware  one core of two, idle: 7 minutes in all
+Score     next basket, seen items shown, test: Recall@10 .0948, NDCG@10 .0977 (repeats: .1702, .1910)
 """
 
 from __future__ import annotations

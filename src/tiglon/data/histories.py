@@ -170,7 +170,7 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 @njit(cache=True)
 def _first_not_before(
     time: np.ndarray, start: np.ndarray, stop: np.ndarray, moment: np.ndarray
-) -> np.ndarray:  # pragma: no cover (compiled)
+) -> np.ndarray:
     """(B,) the first row in start:stop whose time is ≥ moment, by bisection."""
     found = np.empty(len(start), np.int64)
     for b in range(len(start)):

@@ -459,9 +459,7 @@ def _index(interactions: Interactions, window: int) -> _Log:
 
 
 @njit(cache=True)
-def _pairs(
-    log: _Log, item: int, backward: float, row: np.ndarray, touched: np.ndarray
-) -> int:  # pragma: no cover (compiled)
+def _pairs(log: _Log, item: int, backward: float, row: np.ndarray, touched: np.ndarray) -> int:
     """Add the pairs (item, j) to row[j], which was 0; touched[:n] lists these j. Returns n."""
     n = 0
     for event in log.event[log.of_item[item] : log.of_item[item + 1]]:
@@ -479,9 +477,7 @@ def _pairs(
 
 
 @njit(cache=True)
-def _column_sums(
-    log: _Log, backward: float, neighbours: int
-) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover (compiled)
+def _column_sums(log: _Log, backward: float, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) the sum of each column, and (N,) how many pairs of each row will be kept."""
     n_items = len(log.of_item) - 1
     sums, kept = np.zeros(n_items), np.zeros(n_items, np.int64)
@@ -498,7 +494,7 @@ def _column_sums(
 @njit(cache=True)
 def _strongest(
     log: _Log, backward: float, scale: np.ndarray, offsets: np.ndarray, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover (compiled)
+) -> tuple[np.ndarray, np.ndarray]:
     """The kept columns and their scaled values, row after row."""
     n_items = len(scale)
     index, value = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
@@ -536,7 +532,7 @@ def _add_rows(
     b_index: np.ndarray,
     b_value: np.ndarray,
     out: np.ndarray,
-) -> None:  # pragma: no cover (compiled)
+) -> None:
     for row in range(len(out)):
         for p in range(a_start[row], a_start[row + 1]):
             weight, inner = a_value[p], a_index[p]

@@ -66,7 +66,7 @@ def require_dense(histories: Histories, n_items: int) -> None:
 
 
 @njit(cache=True)
-def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:  # pragma: no cover (compiled)
+def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
     """(B, k) where the best scores of each row stand, in no order; MISSING after the last one above −inf.
 
     order: (N,) which of two equal scores goes first, the lower.
@@ -95,9 +95,7 @@ def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:  #
 
 
 @njit(cache=True)
-def _sift(
-    heap: np.ndarray, at: int, row: np.ndarray, order: np.ndarray
-) -> None:  # pragma: no cover (compiled)
+def _sift(heap: np.ndarray, at: int, row: np.ndarray, order: np.ndarray) -> None:
     """Let the item at `at` sink below all that are worse."""
     while 2 * at + 1 < len(heap):
         child = 2 * at + 1
@@ -110,5 +108,5 @@ def _sift(
 
 
 @njit(cache=True)
-def _worse(a: int, b: int, row: np.ndarray, order: np.ndarray) -> bool:  # pragma: no cover (compiled)
+def _worse(a: int, b: int, row: np.ndarray, order: np.ndarray) -> bool:
     return row[a] < row[b] or (row[a] == row[b] and order[a] > order[b])
