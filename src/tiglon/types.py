@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiglon.errors import DataError, LeakageError, UnknownIdError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MISSING = -1  # a dense id that is not there: an unknown item, or a candidate list shorter than K
 
@@ -292,3 +295,56 @@ class ItemVectors:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+class Behaviours(NamedTuple):
+    """What B users did before their request, as tensors: oldest first, padding after the newest.
+
+    item: (B, L) int64 dense ids, MISSING where the item is unknown.   cross: (B, L, J) int64 codes of the
+    cross features, 0 for unknown.   gap: (B, L) float32, time from the behaviour to the request, above 0.
+    mask: (B, L) bool, False on padding.   size: (B, L) float32, how many behaviours one entry stands for
+    (clusters); None where every entry is one.
+    """
+
+    item: Tensor
+    cross: Tensor
+    gap: Tensor
+    mask: Tensor
+    size: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64."""
+        return self.mask.sum(dim=1)
+
+    def take(self, index: Tensor) -> Behaviours:
+        """The entries at positions (B, k), in that order; a position of −1 becomes padding."""
+        import torch
+
+        at = index.clamp(min=0)
+        rows = torch.arange(len(at))[:, None]
+        size = None if self.size is None else self.size[rows, at]
+        mask = self.mask[rows, at] & (index >= 0)
+        return Behaviours(self.item[rows, at], self.cross[rows, at], self.gap[rows, at], mask, size)
+
+    def last(self, n: int) -> Behaviours:
+        """Only the most recent n of each user."""
+        import torch
+
+        if self.mask.shape[1] <= n:
+            return self
+        return self.take(torch.arange(n) + (self.lengths - n).clamp(min=0)[:, None])
+
+
+class RankingBatch(NamedTuple):
+    """B requests of K candidates each.
+
+    item: (B, K) int64 dense ids.   past: strictly before the request.   profile: (B, X) int64 codes of what
+    is known of user and request, 0 for unknown.   label: (B, K, T) float32, NaN where there is none
+    (a candidate that only pads the row has none at all).
+    """
+
+    item: Tensor
+    past: Behaviours
+    profile: Tensor
+    label: Tensor

@@ -1,0 +1,88 @@
+"""Attention of a candidate over behaviours, as TWIN scores it; shared by the lifelong rankers.
+
+    α_a = (K_h W_a^h)(qᵀ W_a^q)ᵀ / √d + (K_c W^c) β_a + ln n        one head a, one behaviour a row
+    head_a = softmax(α_a)ᵀ K W_a^v        interest = concat(head) W^o
+
+K_h are a behaviour's inherent features, the same for every user; K_c its cross features (when, at what
+price …), whose part is one number a feature and head: (K_{c,j} w_j) β_{a,j}. n is how many behaviours an
+entry stands for: n entries with the same features count as much as one with ln n (TWIN V2).
+Source: Chang et al. 2023, https://arxiv.org/abs/2302.02352, §4.2–4.4.
+
+Letters: B requests, K candidates, L behaviours, k chosen ones, A heads, d width of a head, H width of an
+item, J cross features, C width of a cross feature, D width of the interest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIDDEN = float("-inf")
+
+
+class TargetAttention(nn.Module):
+    """`score`, then `mix`: search and attention share the first.
+
+    identity: W^q and W^h begin as the same random projection with orthonormal columns, so that α begins as a
+        similarity of items; otherwise both are drawn apart. The published form leaves this open.
+    """
+
+    def __init__(
+        self,
+        item_width: int,
+        cross_count: int,
+        cross_width: int,
+        *,
+        heads: int = 4,
+        head_width: int = 16,
+        width: int = 64,
+        identity: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_width, self.width = heads, head_width, width
+        inner = heads * head_width
+        self.query = nn.Linear(item_width, inner, bias=False)  # W^q
+        self.key = nn.Linear(item_width, inner, bias=False)  # W^h
+        self.cross = nn.Parameter(torch.randn(cross_count, cross_width) * cross_width**-0.5)  # w_j
+        self.beta = nn.Parameter(torch.ones(heads, cross_count))  # β
+        self.value = nn.Linear(item_width + cross_count * cross_width, inner, bias=False)  # W^v
+        self.out = nn.Linear(inner, width, bias=False)  # W^o
+        if identity:
+            nn.init.orthogonal_(self.key.weight)
+            with torch.no_grad():
+                self.query.weight.copy_(self.key.weight)
+
+    def keys(self, inherent: Tensor) -> Tensor:
+        """(…, H) → (…, A, d): K_h W^h, what a cache holds for every item."""
+        return self.key(inherent).unflatten(-1, (self.heads, self.head_width))
+
+    def queries(self, inherent_BKH: Tensor) -> Tensor:
+        """(B, K, H) → (B, K, A, d)."""
+        return self.query(inherent_BKH).unflatten(-1, (self.heads, self.head_width))
+
+    def bias(self, cross_BLJC: Tensor) -> Tensor:
+        """(B, L, J, C) → (B, A, L): (K_c W^c) β."""
+        return torch.einsum("bljc,jc,aj->bal", cross_BLJC, self.cross, self.beta)
+
+    def score(
+        self, query_BKAd: Tensor, key_BLAd: Tensor, bias_BAL: Tensor, mask_BL: Tensor, size_BL: Tensor | None
+    ) -> Tensor:
+        """α, (B, K, A, L); −inf on padding."""
+        alpha = torch.einsum("bkad,blad->bkal", query_BKAd, key_BLAd) * self.head_width**-0.5
+        alpha = alpha + bias_BAL[:, None]
+        if size_BL is not None:
+            alpha = alpha + size_BL.clamp(min=1).log()[:, None, None]
+        return alpha.masked_fill(~mask_BL[:, None, None], HIDDEN)
+
+    def mix(self, alpha: Tensor, inherent: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(α) over behaviours → interest (B, K, D) and weights (B, K, A, L); zeros without any.
+
+        inherent, cross: (B, L, H), (B, L, J, C), or with K after B where candidates have their own.
+        """
+        empty = (alpha == HIDDEN).all(dim=-1, keepdim=True)
+        weight = F.softmax(alpha.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+        value = self.value(torch.cat([inherent, cross.flatten(-2)], dim=-1))
+        value = value.unflatten(-1, (self.heads, self.head_width))
+        form = "bkal,blad->bkad" if value.dim() == 4 else "bkal,bklad->bkad"
+        return self.out(torch.einsum(form, weight, value).flatten(-2)), weight

@@ -1,0 +1,103 @@
+"""The shell of every ranker: embed → short-term interest + long-term interest + the rest → MLP → task heads.
+
+What a paper of this field adds is an interest unit: one small class that reads a user's behaviours for a
+candidate. The shell, the features and the training are the same for all, so that a comparison compares
+the units.
+
+Letters: B requests, K candidates, L behaviours, J cross features, X profile features, T tasks,
+H width of an item, D width of an interest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.types import Behaviours, RankingBatch
+
+
+class Interest(NamedTuple):
+    """vector: (B, K, D).   loss: of the unit's auxiliary task, a scalar, or None.
+    chosen: (B, K, k) or (B, 1, k) positions of the behaviours that were attended, −1 for none, or None.
+    weight: like `chosen` broadcast over K: how much each counted, the mean over heads; explains an answer.
+    """
+
+    vector: Tensor
+    loss: Tensor | None = None
+    chosen: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class InterestUnit(Protocol):
+    """Reads what a user did, for each candidate. An nn.Module; padding never changes what it returns,
+    an empty history gives finite numbers, and of equal behaviours the newest come first."""
+
+    width: int  # D
+
+    def __call__(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest: ...
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    recent: int = 50  # behaviours that the short-term unit reads; TWIN: 50
+    hidden: tuple[int, ...] = (200, 80)  # DIN: 200, 80
+    dropout: float = 0.0
+
+
+class Ranker(nn.Module):
+    """Scores candidates; logits (B, K, T).
+
+    short reads the most recent `config.recent` behaviours, long all of them; None leaves one out.
+    """
+
+    def __init__(
+        self,
+        embed: FeatureEmbedding,
+        long: InterestUnit | None,
+        short: InterestUnit | None = None,
+        tasks: Sequence[str] = ("label",),
+        config: RankerConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = c = config or RankerConfig()
+        self.embed, self.long, self.short, self.tasks = embed, long, short, tuple(tasks)
+        width = embed.inherent_width + embed.profile_width
+        width += sum(unit.width for unit in (long, short) if unit is not None)
+        layers: list[nn.Module] = []
+        for hidden in c.hidden:
+            layers += [nn.Linear(width, hidden), nn.PReLU(hidden, init=0.25), nn.Dropout(c.dropout)]
+            width = hidden
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.Linear(width, len(self.tasks))
+
+    def forward(self, batch: RankingBatch) -> Tensor:
+        """Logits (B, K, T)."""
+        return self.score(batch)[0]
+
+    def score(self, batch: RankingBatch) -> tuple[Tensor, list[Interest]]:
+        """Logits (B, K, T), and what the units found, the short-term one first."""
+        B, K = batch.item.shape
+        found = []
+        if self.short is not None:
+            found.append(self.short(self.embed, batch.item, batch.past.last(self.config.recent)))
+        if self.long is not None:
+            found.append(self.long(self.embed, batch.item, batch.past))
+        profile = self.embed.profile(batch.profile)[:, None].expand(B, K, -1)
+        x = torch.cat([self.embed.inherent(batch.item), *(f.vector for f in found), profile], dim=-1)
+        return self.heads(self.trunk(x.flatten(0, 1))).unflatten(0, (B, K)).float(), found
+
+    def loss(self, batch: RankingBatch) -> Tensor:
+        """(n,) binary cross-entropy of the n labels there are, the units' auxiliary losses added to each."""
+        logits, found = self.score(batch)
+        known = ~torch.isnan(batch.label)
+        losses = F.binary_cross_entropy_with_logits(logits[known], batch.label[known], reduction="none")
+        for interest in found:
+            if interest.loss is not None:
+                losses = losses + interest.loss
+        return losses
