@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tiglon.errors import (
     SchemaError,
     StorageError,
 )
-from tiglon.types import MISSING, Histories, Interactions, Vocabulary
+from tiglon.types import MISSING, Histories, Interactions, Vocabulary, user_names
 
 FORMAT = 1
 _BATCH_ROWS = 1 << 20
@@ -90,12 +91,35 @@ class HistoryStore:
         users: np.ndarray | Sequence[int],
         time: np.ndarray | Sequence[int] | int | None = None,
         last: int | None = None,
+        *,
+        since: int | None = None,
     ) -> Histories:
         """What each of B users did strictly before `time`, at most the `last` so many events.
 
         users: (B,) dense ids; MISSING (−1) is an unknown user, whose history is empty.
         time: one moment, or (B,) one a user; None reads whole lives.
+        since: leaves out what happened before this moment.
         """
+        start, stop = self.span(users, time, last)
+        lengths = stop - start
+        offsets = offsets_of(lengths)
+        rows = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+        features = {name: column[rows] for name, column in self.features.items()}
+        who = self._names[users]
+        return Histories(offsets, self.item[rows].astype(np.int64), self.time[rows], features, who)
+
+    @cached_property
+    def _names(self) -> np.ndarray:
+        """(U + 1,) what `Histories.user` calls each user, the stranger last, so that MISSING finds it."""
+        return np.append(user_names(self.users), MISSING)
+
+    def span(
+        self,
+        users: np.ndarray | Sequence[int],
+        time: np.ndarray | Sequence[int] | int | None = None,
+        last: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(B,), (B,): the rows start:stop that `before` reads; the same arguments."""
         users = np.asarray(users, dtype=np.int64)
         if users.size and not MISSING <= users.min() <= users.max() < len(self):
             raise DataError(f"a dense user outside 0 … {len(self) - 1}")
@@ -115,11 +139,7 @@ class HistoryStore:
             stop = _first_not_before(self.time, start, stop, np.broadcast_to(moment, users.shape))
         if last is not None:
             start = np.maximum(start, stop - last)
-        lengths = stop - start
-        offsets = offsets_of(lengths)
-        rows = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-        features = {name: column[rows] for name, column in self.features.items()}
-        return Histories(offsets, self.item[rows].astype(np.int64), self.time[rows], features)
+        return start, stop
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing. Raises StorageError."""
