@@ -91,14 +91,11 @@ class HistoryStore:
         users: np.ndarray | Sequence[int],
         time: np.ndarray | Sequence[int] | int | None = None,
         last: int | None = None,
-        *,
-        since: int | None = None,
     ) -> Histories:
         """What each of B users did strictly before `time`, at most the `last` so many events.
 
         users: (B,) dense ids; MISSING (−1) is an unknown user, whose history is empty.
         time: one moment, or (B,) one a user; None reads whole lives.
-        since: leaves out what happened before this moment.
         """
         start, stop = self.span(users, time, last)
         lengths = stop - start
