@@ -61,19 +61,26 @@ class TargetAttention(nn.Module):
         """(B, K, H) → (B, K, A, d)."""
         return self.query(inherent_BKH).unflatten(-1, (self.heads, self.head_width))
 
-    def bias(self, cross_BLJC: Tensor) -> Tensor:
-        """(B, L, J, C) → (B, A, L): (K_c W^c) β."""
-        return torch.einsum("bljc,jc,aj->bal", cross_BLJC, self.cross, self.beta)
+    def bias(self, cross: Tensor) -> Tensor:
+        """(…, L, J, C) → (…, A, L): (K_c W^c) β."""
+        return torch.einsum("...ljc,jc,aj->...al", cross, self.cross, self.beta)
 
     def score(
-        self, query_BKAd: Tensor, key_BLAd: Tensor, bias_BAL: Tensor, mask_BL: Tensor, size_BL: Tensor | None
+        self, query_BKAd: Tensor, key: Tensor, bias: Tensor, mask: Tensor, size: Tensor | None
     ) -> Tensor:
-        """α, (B, K, A, L); −inf on padding."""
-        alpha = torch.einsum("bkad,blad->bkal", query_BKAd, key_BLAd) * self.head_width**-0.5
-        alpha = alpha + bias_BAL[:, None]
-        if size_BL is not None:
-            alpha = alpha + size_BL.clamp(min=1).log()[:, None, None]
-        return alpha.masked_fill(~mask_BL[:, None, None], HIDDEN)
+        """α, (B, K, A, L); −inf on padding.
+
+        key, bias, mask, size: (B, L, A, d), (B, A, L), (B, L), (B, L), or, each for itself, with K after B
+        where candidates have their own.
+        """
+        form = "bkad,blad->bkal" if key.dim() == 4 else "bkad,bklad->bkal"
+        alpha = torch.einsum(form, query_BKAd, key) * self.head_width**-0.5
+        alpha = alpha + (bias[:, None] if bias.dim() == 3 else bias)
+        if size is not None:
+            n = size.clamp(min=1).log()[..., None, :]
+            alpha = alpha + (n[:, None] if size.dim() == 2 else n)
+        hidden = ~mask[..., None, :]
+        return alpha.masked_fill(hidden[:, None] if mask.dim() == 2 else hidden, HIDDEN)
 
     def mix(self, alpha: Tensor, inherent: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(α) over behaviours → interest (B, K, D) and weights (B, K, A, L); zeros without any.

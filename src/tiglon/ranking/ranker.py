@@ -23,7 +23,9 @@ from tiglon.types import Behaviours, RankingBatch
 
 
 class Interest(NamedTuple):
-    """vector: (B, K, D).   loss: of the unit's auxiliary task, a scalar, or None.
+    """vector: (B, K, D).   loss: of the unit's auxiliary task, a scalar already weighted, or None.
+    logit: (B, K) of an auxiliary task that predicts the first task's label itself, or None; the shell adds
+    `logit_weight` times its binary cross-entropy.
     chosen: (B, K, k) or (B, 1, k) positions of the behaviours that were attended, −1 for none, or None.
     weight: like `chosen` broadcast over K: how much each counted, the mean over heads; explains an answer.
     """
@@ -32,6 +34,8 @@ class Interest(NamedTuple):
     loss: Tensor | None = None
     chosen: Tensor | None = None
     weight: Tensor | None = None
+    logit: Tensor | None = None
+    logit_weight: float = 1.0
 
 
 class InterestUnit(Protocol):
@@ -100,4 +104,15 @@ class Ranker(nn.Module):
         for interest in found:
             if interest.loss is not None:
                 losses = losses + interest.loss
+            if interest.logit is not None:
+                losses = losses + interest.logit_weight * _mean_cross_entropy(
+                    interest.logit, batch.label[..., 0]
+                )
         return losses
+
+
+def _mean_cross_entropy(logit_BK: Tensor, label_BK: Tensor) -> Tensor:
+    """The mean over the labels there are; 0 without any."""
+    known = ~torch.isnan(label_BK)
+    total = F.binary_cross_entropy_with_logits(logit_BK[known].float(), label_BK[known], reduction="sum")
+    return total / known.sum().clamp(min=1)
