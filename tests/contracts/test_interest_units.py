@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.ranking.pooling import FullAttention, MeanPooling
+from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, MostRecent
 from tiglon.ranking.ranker import Interest, InterestUnit, Ranker, RankerConfig
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
-SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {}
+SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
+    "most recent": lambda embed, k: MostRecent(embed, k=k),
+}
 
 UNITS: dict[str, Callable[[FeatureEmbedding], InterestUnit]] = {
     "mean pooling": MeanPooling,
     "full attention": FullAttention,
+    "chunk pooling": lambda embed: ChunkPooling(embed, chunk=4),
     **{name: lambda embed, make=make: make(embed, 3) for name, make in SELECTORS.items()},
 }
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tiglon.types import Behaviours
+
 
 class FeatureEmbedding(nn.Module):
     """Code 0 of every feature is "unknown"; item −1 is the unknown item.
@@ -59,6 +61,10 @@ class FeatureEmbedding(nn.Module):
         if not self.cross_count:
             return torch.zeros(*code.shape[:-1], 0, self.cross_width)
         return torch.stack([table(code[..., j]) for j, table in enumerate(self.crosses)], dim=-2)
+
+    def behaviours(self, past: Behaviours) -> tuple[Tensor, Tensor]:
+        """Behaviours of shape (…) → K_h (…, H) and K_c (…, J, cross_width)."""
+        return self.inherent(past.item), self.cross(past.cross)
 
     def profile(self, code_BX: Tensor) -> Tensor:
         """(B, X) codes of user and request features → (B, P)."""
