@@ -207,3 +207,12 @@ def test_a_full_disk_while_streaming(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"No space left on device.*Free some space"):
         build_from_parquet(tmp_path / "log.parquet", tmp_path / "store")
     assert [entry.name for entry in tmp_path.iterdir()] == ["log.parquet"]
+
+
+def test_lengths_are_those_that_would_be_read():
+    store = HistoryStore.build(read_interactions(table_of(random_rows(400))))
+    users, time = np.arange(-1, len(store)), np.arange(len(store) + 1) * 2
+    for last in (None, 3):
+        np.testing.assert_array_equal(
+            store.lengths(users, time, last), store.before(users, time, last).lengths
+        )

@@ -97,7 +97,7 @@ class HistoryStore:
         users: (B,) dense ids; MISSING (−1) is an unknown user, whose history is empty.
         time: one moment, or (B,) one a user; None reads whole lives.
         """
-        start, stop = self.span(users, time, last)
+        start, stop = self._span(users, time, last)
         lengths = stop - start
         offsets = offsets_of(lengths)
         rows = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
@@ -110,13 +110,18 @@ class HistoryStore:
         """(U + 1,) what `Histories.user` calls each user, the stranger last, so that MISSING finds it."""
         return np.append(user_names(self.users), MISSING)
 
-    def span(
+    def lengths(
         self,
         users: np.ndarray | Sequence[int],
         time: np.ndarray | Sequence[int] | int | None = None,
         last: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(B,), (B,): the rows start:stop that `before` reads; the same arguments."""
+    ) -> np.ndarray:
+        """(B,) int64, how many events `before` would read; the same arguments."""
+        start, stop = self._span(users, time, last)
+        return stop - start
+
+    def _span(self, users: Any, time: Any, last: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(B,), (B,): the rows start:stop of each user."""
         users = np.asarray(users, dtype=np.int64)
         if users.size and not MISSING <= users.min() <= users.max() < len(self):
             raise DataError(f"a dense user outside 0 … {len(self) - 1}")

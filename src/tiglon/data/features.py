@@ -1,0 +1,439 @@
+"""Columns → small integer codes: what an item is, what a behaviour was like, who asks and when.
+
+    schema = FeatureSchema([
+        Feature("item_id", "inherent", width=64),
+        Feature("brand", "inherent"),
+        Feature("price", "cross", kind="number"),
+        Feature("gap", "cross", kind="number"),
+    ])
+    features = fit(schema, items, training_log)
+    store = features.store(whole_log)                  every life, its cross features coded
+    FeatureEmbedding(**features.embedding())
+
+The split of TWIN (https://arxiv.org/abs/2302.02352, §4.2): an *inherent* feature is the same for every user and
+belongs to the item, so that its projection can be cached; a *cross* feature belongs to one behaviour of one
+user. *User* and *context* features describe the request and are its profile.
+
+The stated rules
+    code 0        nulls, NaN, values that training never saw or saw fewer than `min_count` times, and items
+                  without a training line as `item_id` (their vectors would be noise).
+    numbers       buckets at the quantiles of the training lines; beyond the range is the outer bucket.
+    categories    compared as text, so that 3, 3.0 and "3" are the same value.
+    gap           a reserved cross feature: time from the behaviour to the request, in the log's unit. It is
+                  coded when it is read, in buckets evenly spaced in its logarithm between the 1% and the
+                  99% quantile of the gaps between two events of a user in training.
+
+Letters: E events, N items, U users, R requests, T behaviours of all requests, F inherent, J cross and
+X profile features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import polars as pl
+
+from tiglon.data.events import require_columns
+from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.errors import (
+    BundleDamagedError,
+    BundleVersionError,
+    ConfigError,
+    DataError,
+    LeakageError,
+    SchemaError,
+    did_you_mean,
+)
+from tiglon.types import Histories, Interactions, Items, Vocabulary
+
+Role: TypeAlias = Literal["inherent", "cross", "user", "context"]
+Kind: TypeAlias = Literal["category", "number"]
+
+FORMAT = 1
+GAP = "gap"
+ITEM = "item_id"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column. Raises ConfigError."""
+
+    name: str
+    role: Role
+    kind: Kind = "category"
+    width: int = 8  # of an inherent feature's vector; TWIN: 64 for ids of many values, else 8
+    buckets: int = 16  # at most so many for a number
+    min_count: int = 1  # training lines that a category needs
+
+    def __post_init__(self) -> None:
+        for given, known, word in ((self.role, Role, "role"), (self.kind, Kind, "kind")):
+            if given not in get_args(known):
+                raise ConfigError(
+                    f"feature '{self.name}' of {word} {given!r}",
+                    rule=f"A {word} is {', '.join(get_args(known))}",
+                    fix=did_you_mean(str(given), get_args(known)),
+                )
+        if min(self.width, self.min_count) < 1 or self.buckets < 2:
+            raise ConfigError(
+                f"feature '{self.name}': width={self.width}, buckets={self.buckets}, min_count={self.min_count}",
+                rule="A width and a count are at least 1, and there are at least 2 buckets",
+            )
+        if self.name == ITEM and (self.role, self.kind) != ("inherent", "category"):
+            raise ConfigError(f"'{ITEM}' as {self.role} {self.kind}", rule="It is an inherent category")
+        if self.name == GAP and (self.role, self.kind) != ("cross", "number"):
+            raise ConfigError(
+                f"'{GAP}' as {self.role} {self.kind}",
+                rule="The name is reserved for the time to the request, a cross number",
+                fix="Rename the column",
+            )
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """The features of a ranker, in the order of their codes. Raises ConfigError."""
+
+    features: tuple[Feature, ...]
+
+    def __init__(self, features: Iterable[Feature]) -> None:
+        object.__setattr__(self, "features", tuple(features))
+        names = [feature.name for feature in self.features]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(
+                f"features named '{', '.join(repeated)}' twice",
+                rule="A name stands once, whatever its role",
+                fix="Rename one of the columns",
+            )
+        if not self.of("inherent"):
+            raise ConfigError(
+                "a schema without inherent features",
+                rule="An item is known by at least one",
+                fix=f'Add Feature("{ITEM}", "inherent", width=64)',
+            )
+
+    def of(self, *roles: Role) -> list[Feature]:
+        """The features of these roles: role by role, in the schema's order."""
+        return [feature for role in roles for feature in self.features if feature.role == role]
+
+
+# -- one column → codes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """A number's code is 1 + how many boundaries are not above it.   boundaries: rising float64."""
+
+    boundaries: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.boundaries) + 2
+
+    def codes(self, column: pl.Series) -> np.ndarray:
+        """(n,) int32. Raises SchemaError where the column holds no numbers."""
+        value = _floats(column)
+        return np.where(np.isnan(value), 0, 1 + np.searchsorted(self.boundaries, value, side="right")).astype(
+            np.int32
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Categories:
+    """A value's code is 1 + its place in the vocabulary, which holds text."""
+
+    vocabulary: Vocabulary
+
+    @property
+    def size(self) -> int:
+        return len(self.vocabulary) + 1
+
+    def codes(self, column: pl.Series) -> np.ndarray:
+        """(n,) int32."""
+        return (self.vocabulary.encode(_text(column)) + 1).astype(np.int32)
+
+
+def _floats(column: pl.Series) -> np.ndarray:
+    if not (column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null)):
+        raise SchemaError(
+            f"column '{column.name}' of type {column.dtype}",
+            rule="A feature of kind 'number' is read from numbers",
+            fix="Cast the column, or make the feature a category",
+        )
+    return column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
+def _text(column: pl.Series) -> pl.Series:
+    if column.dtype.is_float():
+        value = column.fill_nan(None)
+        whole = value.cast(pl.Int64, strict=False)
+        same = (whole == value).fill_null(False)
+        return whole.cast(pl.String).zip_with(same, value.cast(pl.String))
+    if column.dtype.is_nested():
+        raise SchemaError(
+            f"column '{column.name}' of type {column.dtype}",
+            rule="A category has one value a row",
+            fix="Keep its first value, or join the values into one text",
+        )
+    return column.cast(pl.String)
+
+
+def _fit_column(feature: Feature, column: pl.Series, lines: np.ndarray) -> Buckets | Categories:
+    """lines: (n,) how many training lines carry each row of the column."""
+    if feature.kind == "number":
+        value = _floats(column)
+        use = np.isfinite(value) & (lines > 0)
+        return Buckets(_quantiles(value[use], lines[use], feature.buckets))
+    counted = pl.DataFrame({"value": _text(column), "lines": lines}).drop_nulls().group_by("value").sum()
+    kept = counted.filter(pl.col("lines") >= feature.min_count).sort("value")
+    return Categories(Vocabulary(kept["value"]))
+
+
+def _quantiles(value: np.ndarray, weight: np.ndarray, buckets: int) -> np.ndarray:
+    """The distinct values at weights 1/buckets, 2/buckets … of the whole."""
+    if not len(value):
+        return np.empty(0)
+    order = np.argsort(value, kind="stable")
+    total = np.cumsum(weight[order])
+    at = np.searchsorted(total, total[-1] * np.arange(1, buckets) / buckets, side="right")
+    return np.unique(value[order][np.minimum(at, len(value) - 1)])
+
+
+def _fit_gap(log: Interactions, buckets: int) -> Buckets:
+    """From the gaps between each event and a random later one of its user."""
+    left = np.searchsorted(log.user, log.user, side="right") - np.arange(len(log)) - 1  # events that follow
+    step = 1 + np.floor(np.random.default_rng(0).random(len(log)) * left).astype(np.int64)
+    event = np.flatnonzero(left)
+    gap = log.time[event + step[event]] - log.time[event]
+    gap = gap[gap > 0]
+    if not len(gap):
+        return Buckets(np.empty(0))
+    low, high = np.quantile(gap, [0.01, 0.99])
+    return Buckets(np.unique(np.geomspace(low, high, buckets - 1)))
+
+
+# -- all of them -------------------------------------------------------------------------------------------
+
+
+def fit(
+    schema: FeatureSchema, items: Items, log: Interactions, users: pl.DataFrame | None = None
+) -> FittedFeatures:
+    """Learn boundaries and vocabularies from the training lines alone.
+
+    log: the training lines, numbered by `items`; cross and context features are columns of `log.extra`.
+    users: user_id and the user features, one line a user; users it lacks get code 0.
+    Raises SchemaError for a missing column or one of the wrong type, DataError.
+    """
+    if log.items != items.vocabulary:
+        raise DataError(
+            "a log and items with different vocabularies",
+            fix="Pass both through tiglon.data.events.align first",
+        )
+    of_item, of_user = schema.of("inherent"), schema.of("user")
+    of_line = [f for f in schema.of("cross", "context") if f.name != GAP]
+    require_columns(items.table.columns, [f.name for f in of_item if f.name != ITEM])
+    require_columns(log.extra.columns, [f.name for f in of_line])
+    person = _rows_of_users(log.users, users, [f.name for f in of_user])
+
+    lines_of_item = np.bincount(log.item, minlength=len(items))
+    lines_of_user = np.bincount(log.user, minlength=len(log.users))
+    one = np.ones(len(log), np.int64)
+    coders: dict[str, Buckets | Categories] = {}
+    for feature in schema.features:
+        if feature.name == GAP:
+            coders[GAP] = _fit_gap(log, feature.buckets)
+        elif feature.role == "inherent" and feature.name != ITEM:
+            coders[feature.name] = _fit_column(feature, items.table[feature.name], lines_of_item)
+        elif feature.role == "user":
+            coders[feature.name] = _fit_column(feature, person[feature.name], lines_of_user)
+        elif feature.name != ITEM:
+            coders[feature.name] = _fit_column(feature, log.extra[feature.name], one)
+
+    item_codes = np.zeros((len(items) + 1, len(of_item)), np.int32)
+    for f, feature in enumerate(of_item):
+        if feature.name == ITEM:
+            trained = lines_of_item >= feature.min_count
+            item_codes[:-1, f] = np.where(trained, np.arange(1, len(items) + 1), 0)
+        else:
+            item_codes[:-1, f] = coders[feature.name].codes(items.table[feature.name])
+    user_codes = np.zeros((len(log.users) + 1, len(of_user)), np.int32)
+    for x, feature in enumerate(of_user):
+        user_codes[:-1, x] = coders[feature.name].codes(person[feature.name])
+    return FittedFeatures(schema, coders, item_codes, user_codes)
+
+
+def _rows_of_users(vocabulary: Vocabulary, users: pl.DataFrame | None, names: list[str]) -> pl.DataFrame:
+    """The user features, one row a dense user, null where the table lacks one."""
+    if not names:
+        return pl.DataFrame()
+    if users is None:
+        raise SchemaError(
+            f"no table of users for '{', '.join(names)}'",
+            rule="User features are columns of one",
+            fix="Pass users=",
+        )
+    require_columns(users.columns, ["user_id", *names])
+    dense = vocabulary.encode(users["user_id"])
+    known = dense[dense >= 0]
+    if len(np.unique(known)) < len(known):
+        raise DataError("a user who stands twice in the table of users", rule="It has one line a user")
+    row = pl.Series(np.full(len(vocabulary), None), dtype=pl.Int64).scatter(known, np.flatnonzero(dense >= 0))
+    return users.select(names)[row] if users.height else users.select(names).clear(len(vocabulary))
+
+
+@dataclass(frozen=True, eq=False)
+class FittedFeatures:
+    """A schema with all it learned from training.
+
+    coders: one a feature but `item_id`.   item_codes: (N + 1, F) int32, the unknown item last, so that −1
+    finds it.   user_codes: (U + 1, user features) int32, the unknown user last.
+    """
+
+    schema: FeatureSchema
+    coders: dict[str, Buckets | Categories]
+    item_codes: np.ndarray
+    user_codes: np.ndarray
+
+    @property
+    def item_sizes(self) -> list[int]:
+        """Codes of each inherent feature."""
+        sizes = {name: coder.size for name, coder in self.coders.items()} | {ITEM: len(self.item_codes)}
+        return [sizes[feature.name] for feature in self.schema.of("inherent")]
+
+    @property
+    def item_widths(self) -> list[int]:
+        return [feature.width for feature in self.schema.of("inherent")]
+
+    @property
+    def cross_sizes(self) -> list[int]:
+        """Codes of each cross feature of a behaviour."""
+        return [self.coders[feature.name].size for feature in self.schema.of("cross")]
+
+    @property
+    def profile_sizes(self) -> list[int]:
+        """Codes of each feature of the user, then of the context."""
+        return [self.coders[feature.name].size for feature in self.schema.of("user", "context")]
+
+    def embedding(self) -> dict[str, Any]:
+        """The arguments of `tiglon.nn.embedding.FeatureEmbedding`."""
+        return {
+            "item_codes": self.item_codes,
+            "item_sizes": self.item_sizes,
+            "item_widths": self.item_widths,
+            "cross_sizes": self.cross_sizes,
+            "profile_sizes": self.profile_sizes,
+        }
+
+    def line_codes(self, lines: pl.DataFrame) -> dict[str, np.ndarray]:
+        """name → (E,) codes of each cross feature but the gap, in the smallest integers that hold them."""
+        names = [feature.name for feature in self.schema.of("cross") if feature.name != GAP]
+        require_columns(lines.columns, names)
+        return {
+            name: self.coders[name].codes(lines[name]).astype(np.min_scalar_type(self.coders[name].size))
+            for name in names
+        }
+
+    def store(self, log: Interactions) -> HistoryStore:
+        """Every life of a log, with the codes of its cross features."""
+        offsets = offsets_of(np.bincount(log.user, minlength=len(log.users)))
+        return HistoryStore(log.users, log.items, offsets, log.item, log.time, self.line_codes(log.extra))
+
+    def cross_codes(self, past: Histories, time: np.ndarray) -> np.ndarray:
+        """(T, J) int64 codes of what R users did before `time` (R,): those of the store, and the gap's.
+
+        Raises LeakageError, SchemaError, and DataError for codes that these features do not have.
+        """
+        wanted = self.schema.of("cross")
+        require_columns([GAP, *past.features], [feature.name for feature in wanted])
+        gap = gaps(past, time)
+        codes = np.empty((len(past.item), len(wanted)), np.int64)
+        for j, feature in enumerate(wanted):
+            coder = self.coders[feature.name]
+            if feature.name == GAP:
+                codes[:, j] = coder.codes(pl.Series(GAP, gap))
+                continue
+            codes[:, j] = past.features[feature.name]
+            if len(codes) and not 0 <= codes[:, j].min() <= codes[:, j].max() < coder.size:
+                raise DataError(
+                    f"codes {codes[:, j].min()} … {codes[:, j].max()} of '{feature.name}'",
+                    rule=f"These features know 0 … {coder.size - 1}",
+                    fix="Build the store with the same features: features.store(log)",
+                )
+        return codes
+
+    def profile_codes(self, user: np.ndarray, context: pl.DataFrame | None = None) -> np.ndarray:
+        """(R, X) int64 codes of users (−1: unknown), then of the request's context, R lines. Raises SchemaError."""
+        names = [feature.name for feature in self.schema.of("context")]
+        context = pl.DataFrame() if context is None else context
+        require_columns(context.columns, names)
+        columns = [self.user_codes[user]] + [
+            self.coders[name].codes(context[name])[:, None] for name in names
+        ]
+        return np.concatenate(columns, axis=1, dtype=np.int64)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder, all of it or nothing. Raises StorageError."""
+        boundaries = {n: c.boundaries.tolist() for n, c in self.coders.items() if isinstance(c, Buckets)}
+        categories = {n: c.vocabulary.raw for n, c in self.coders.items() if isinstance(c, Categories)}
+        about = {
+            "format": FORMAT,
+            "features": [asdict(feature) for feature in self.schema.features],
+            "boundaries": boundaries,
+            "categories": list(categories),
+        }
+        frames = [
+            pl.DataFrame({"value": raw}).select(pl.lit(n).alias("feature"), "value")
+            for n, raw in categories.items()
+        ]
+        table = (
+            pl.concat(frames) if frames else pl.DataFrame(schema={"feature": pl.String, "value": pl.String})
+        )
+        with written_aside(Path(directory)) as aside:
+            (aside / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            table.write_parquet(aside / "categories.parquet")
+            np.save(aside / "item_codes.npy", self.item_codes)
+            np.save(aside / "user_codes.npy", self.user_codes)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> FittedFeatures:
+        """Raises BundleDamagedError, BundleVersionError."""
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "features.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"features of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            table = pl.read_parquet(directory / "categories.parquet")
+            coders: dict[str, Buckets | Categories] = {
+                name: Buckets(np.array(values, np.float64)) for name, values in about["boundaries"].items()
+            }
+            for name in about["categories"]:
+                coders[name] = Categories(Vocabulary(table.filter(pl.col("feature") == name)["value"]))
+            schema = FeatureSchema(Feature(**feature) for feature in about["features"])
+            item_codes = np.load(directory / "item_codes.npy")
+            return cls(schema, coders, item_codes, np.load(directory / "user_codes.npy"))
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            raise BundleDamagedError(
+                f"features in {directory} cannot be read: {error}",
+                rule="The folder has features.json, categories.parquet, item_codes.npy and user_codes.npy",
+                fix="Fit them anew on the training log",
+            ) from error
+
+
+def gaps(past: Histories, time: np.ndarray) -> np.ndarray:
+    """(T,) int64, from each behaviour to its user's request at `time` (R,). Raises LeakageError."""
+    gap = np.repeat(np.asarray(time, np.int64), past.lengths) - past.time
+    if (gap <= 0).any():
+        raise LeakageError(
+            f"{int((gap <= 0).sum())} behaviours at or after the time of their request",
+            rule="A history holds only events strictly before its request",
+            fix="Read it with HistoryStore.before(users, time)",
+        )
+    return gap
