@@ -27,7 +27,7 @@ from tiglon.data.sources import tables
 from tiglon.evaluation.protocol import Retriever, evaluate
 from tiglon.recipes import make_tokenizer
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
-from tiglon.retrieval.tiger import Tiger, take
+from tiglon.retrieval.tiger import Tiger
 from tiglon.serving.bundle import codes_of
 from tiglon.types import Candidates, Histories, Interactions, Items, Targets, Vocabulary
 
@@ -61,7 +61,7 @@ def main() -> None:
     validation = without(split.validation, renumbered, n_old, truths=False)
     test = without(split.test, renumbered, n_old, truths=True)
     if given.users:
-        test = take(test, np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
+        test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
     unseen = np.zeros(len(test), bool)
     np.logical_or.at(unseen, test.truth.owner, test.truth.item >= n_old)
     console.print(

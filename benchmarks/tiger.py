@@ -32,7 +32,7 @@ from tiglon.evaluation.protocol import Evaluation, Retriever, evaluate, table, t
 from tiglon.recipes import RECIPES, Recipe, item_text, make_tokenizer, override
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, TextNeighbours, text_template
-from tiglon.retrieval.tiger import Tiger, take
+from tiglon.retrieval.tiger import Tiger
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.tokenizer import Tokenizer
 from tiglon.serving.bundle import ItemText, codes_of
@@ -201,7 +201,7 @@ def measure(
     """Masked and unmasked, every retriever on the same users; the table, and the rows with intervals."""
     targets = getattr(split, part)
     if users and users < len(targets):
-        targets = take(targets, np.sort(np.random.default_rng(0).permutation(len(targets))[:users]))
+        targets = targets.take(np.sort(np.random.default_rng(0).permutation(len(targets))[:users]))
     counts = np.bincount(split.train.item, minlength=len(split.train.items))
     found: list[Evaluation] = [
         evaluate(retriever, targets, exclude_seen=mask, popularity=counts, batch=512)

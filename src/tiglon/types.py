@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numba
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -92,6 +93,38 @@ class Vocabulary:
         return self.raw.take(pa.array(dense, mask=dense == MISSING)).to_pylist()
 
 
+def hash_ids(keys: Vocabulary) -> np.ndarray:
+    """(n,) uint64: a hash of each raw id (FNV-1a of its bytes, then mixed), the same everywhere."""
+    raw = keys.raw
+    if pa.types.is_integer(raw.type):
+        text = raw.to_numpy(zero_copy_only=False).astype("<i8").view(np.uint8)
+        offsets = np.arange(len(raw) + 1, dtype=np.int64) * 8
+    else:
+        raw = raw.cast(pa.large_string())
+        _, ends, data = raw.buffers()
+        text = np.frombuffer(data or b"", np.uint8)
+        offsets = np.frombuffer(ends or bytes(8), np.int64)[raw.offset : raw.offset + len(raw) + 1]
+    return _fnv(text, offsets)
+
+
+def user_names(users: Vocabulary) -> np.ndarray:
+    """(U,) int64 ≥ 0: what `Histories.user` calls each user."""
+    return (hash_ids(users) >> np.uint64(1)).astype(np.int64)
+
+
+@numba.njit(cache=True)
+def _fnv(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    hashes = np.empty(len(offsets) - 1, np.uint64)
+    for i in range(len(hashes)):
+        h = np.uint64(0xCBF29CE484222325)
+        for j in range(offsets[i], offsets[i + 1]):
+            h = (h ^ np.uint64(text[j])) * np.uint64(0x100000001B3)
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+        hashes[i] = h ^ (h >> np.uint64(33))
+    return hashes
+
+
 def _plain(value: Any, kind: type) -> Any:
     """`value` where it is of the vocabulary's kind (numpy scalars too), else None."""
     value = value.item() if isinstance(value, np.generic) else value
@@ -158,14 +191,18 @@ class Histories:
 
     offsets: (B+1,) int64; user b owns rows offsets[b]:offsets[b+1].
     item: (T,) int64 dense ids.   time: (T,) int64.   features: name → (T,) cross feature.
+    user: (B,) int64, a hash of who it is that stays when the log grows, −1 for a stranger; or None.
     """
 
     offsets: np.ndarray
     item: np.ndarray
     time: np.ndarray
     features: dict[str, np.ndarray] = field(default_factory=dict)
+    user: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.user is not None and len(self.user) != len(self):
+            raise DataError(f"{len(self.user)} users for {len(self)} histories")
         if self.offsets[0] != 0 or self.offsets[-1] != len(self.item) or (np.diff(self.offsets) < 0).any():
             raise DataError("offsets that do not run from 0 to the number of events without falling")
 
@@ -200,19 +237,21 @@ class Histories:
 
     def last(self, n: int) -> Histories:
         """Only the most recent n events of each user."""
-        keep = np.arange(len(self.item)) >= np.repeat(self.offsets[1:], self.lengths) - n
-        offsets = np.concatenate([[0], np.cumsum(np.minimum(self.lengths, n))])
-        features = {name: value[keep] for name, value in self.features.items()}
-        return Histories(offsets, self.item[keep], self.time[keep], features)
+        return self._cut(np.arange(len(self)), np.maximum(self.offsets[:-1], self.offsets[1:] - n))
 
-    def select(self, rows: slice) -> Histories:
-        """The users of a contiguous slice."""
-        start, stop, _ = rows.indices(len(self))
-        part = slice(self.offsets[start], self.offsets[stop])
-        features = {name: value[part] for name, value in self.features.items()}
-        return Histories(
-            self.offsets[start : stop + 1] - self.offsets[start], self.item[part], self.time[part], features
-        )
+    def take(self, users: np.ndarray | slice) -> Histories:
+        """The histories of some users: a slice, a bool mask (B,), or row numbers in any order."""
+        rows = np.arange(len(self))[users]
+        return self._cut(rows, self.offsets[rows])
+
+    def _cut(self, rows: np.ndarray, start: np.ndarray) -> Histories:
+        """The events from `start` (n,) on of the users `rows` (n,)."""
+        lengths = self.offsets[rows + 1] - start
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+        features = {name: value[at] for name, value in self.features.items()}
+        user = None if self.user is None else self.user[rows]
+        return Histories(offsets, self.item[at], self.time[at], features, user)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,9 +313,9 @@ class Targets:
     def __len__(self) -> int:
         return len(self.user)
 
-    def select(self, rows: slice) -> Targets:
-        """The users of a contiguous slice."""
-        return Targets(self.user[rows], self.histories.select(rows), self.truth.select(rows))
+    def take(self, users: np.ndarray | slice) -> Targets:
+        """Some of the users, as `Histories.take` picks them."""
+        return Targets(self.user[users], self.histories.take(users), self.truth.take(users))
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,7 +135,7 @@ def test_a_target_in_training():
     ):
         check(
             dataclasses.replace(
-                split, train=log.take(log.time == 4), validation=split.validation.select(slice(0))
+                split, train=log.take(log.time == 4), validation=split.validation.take(slice(0))
             )
         )
 

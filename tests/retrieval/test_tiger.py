@@ -106,15 +106,33 @@ def test_scores_are_the_losses_it_trains_on(tiger, renormalise):
     for item, score in zip(found.item[0], found.score[0], strict=True):
         life.item[4] = item
         with torch.no_grad():
-            loss = tiger.loss(collate(life.item, moments(life), np.ones(5, bool), np.array([[0, 5, 4]]), 5))
+            events = life.item, moments(life), np.ones(5, bool), np.zeros(5, np.int64)
+            loss = tiger.loss(collate(*events, np.array([[0, 5, 4]]), 5))
         assert -loss.sum().item() == pytest.approx(score, abs=1e-4)
+
+
+def test_user_tokens_reach_the_network_in_training_and_in_answers():
+    with_users = replace(NETWORKS["paper"], user_tokens=7)
+    tiger = Tiger(ids(), ITEMS, replace(config(), model=with_users))
+    names = np.array([5, 6, -1, 5])  # two users, a stranger, the first again; all with one history
+    histories = replace(Histories.of([[3, 8]] * 4), user=names)
+    scores = tiger.retrieve(histories, N, exclude_seen=False).score
+    np.testing.assert_allclose(scores[0], scores[3])
+    assert np.abs(scores[:1] - scores[1:3]).max(axis=1).min() > 1e-4
+    np.testing.assert_allclose(
+        tiger.retrieve(Histories.of([[3, 8]]), N, exclude_seen=False).score[0], scores[2], rtol=1e-5
+    )
+
+    before = tiger.network.token.weight[-8:-1].detach().clone()
+    trained = tiger.fit(leave_last_out(log()).train).network.token.weight[-8:-1]
+    assert ((trained - before).abs().amax(dim=1) > 1e-3).all()  # weight decay alone moves less
 
 
 def test_a_user_alone_is_that_user_in_a_batch(tiger):
     together = tiger.retrieve(HISTORIES, 9)
     for user in range(len(HISTORIES)):
         one = slice(user, user + 1)
-        alone = tiger.retrieve(HISTORIES.select(one), 9)
+        alone = tiger.retrieve(HISTORIES.take(one), 9)
         same(alone, Candidates(together.item[one], together.score[one], "tiger"))
 
 
@@ -124,7 +142,7 @@ def test_more_users_than_a_batch_come_back_in_their_order(tiger):
     found = tiger.retrieve(many, 5)
     for user in range(0, 150, 17):
         one = slice(user, user + 1)
-        same(tiger.retrieve(many.select(one), 5), Candidates(found.item[one], found.score[one], "tiger"))
+        same(tiger.retrieve(many.take(one), 5), Candidates(found.item[one], found.score[one], "tiger"))
 
 
 def test_seen_items_are_left_out_and_the_others_keep_their_scores(tiger):
@@ -247,7 +265,7 @@ def test_every_wanted_event_is_a_target_once_an_epoch(network):
     epochs = [
         [
             sorted(batch.item[batch.target].tolist())
-            for batch in _Batches(events.item, moment, events.item != 7, windows, 32, [0, epoch])
+            for batch in _Batches(events.item, moment, events.item != 7, events.user, windows, 32, [0, epoch])
         ]
         for epoch in (0, 1, 0)
     ]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiglon.errors import BundleDamagedError, CapacityError, DataError
-from tiglon.semantic_ids.catalog import SemanticIds, churn, hash_ids
-from tiglon.types import Vocabulary
+from tiglon.semantic_ids.catalog import SemanticIds, churn
+from tiglon.types import Vocabulary, hash_ids
 
 SIZES = (2, 3)
 

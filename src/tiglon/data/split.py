@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from tiglon.errors import ConfigError, DataError, LeakageError, SchemaError, did_you_mean
-from tiglon.types import Histories, Interactions, Targets
+from tiglon.types import Histories, Interactions, Targets, user_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +109,16 @@ def _targets(
     log: Interactions, user: np.ndarray, start: np.ndarray, target: np.ndarray, stop: np.ndarray
 ) -> Targets:
     """Histories are rows start:target, truths rows target:stop, all (B,)."""
-    return Targets(user, _rows(log, start, target), _rows(log, target, stop))
+    return Targets(user, _rows(log, user, start, target), _rows(log, user, target, stop))
 
 
-def _rows(log: Interactions, start: np.ndarray, stop: np.ndarray) -> Histories:
+def _rows(log: Interactions, user: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Histories:
     lengths = stop - start
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return Histories(offsets, log.item[rows].astype(np.int64), log.time[rows])
+    return Histories(
+        offsets, log.item[rows].astype(np.int64), log.time[rows], user=user_names(log.users)[user]
+    )
 
 
 # -- leaks -------------------------------------------------------------------------------------------------

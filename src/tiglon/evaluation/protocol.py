@@ -110,8 +110,8 @@ def evaluate(
             rule="A user is measured by what came next",
             fix="Split so that some users have a last event of their own",
         )
-    truth = _take(targets.truth, asked)
-    ranked = _ask(retriever, _take(targets.histories, asked), max(ks), exclude_seen, batch, progress)
+    truth = targets.truth.take(asked)
+    ranked = _ask(retriever, targets.histories.take(asked), max(ks), exclude_seen, batch, progress)
     hit, relevant = judge(ranked, truth)
 
     per_user = {f"{name}@{k}": metric(hit, relevant, k) for name, metric in USER_METRICS.items() for k in ks}
@@ -205,7 +205,7 @@ def _ask(
     n_items = len(retriever.items)
     ranked = np.full((len(histories), k), MISSING, np.int64)
     for start in range(0, len(histories), batch):
-        some = histories.select(slice(start, start + batch))
+        some = histories.take(slice(start, start + batch))
         found = retriever.retrieve(some, k, exclude_seen=exclude_seen).item
         if len(found) != len(some) or found.shape[1] > k or found.max(initial=MISSING) >= n_items:
             raise DataError(
@@ -217,14 +217,6 @@ def _ask(
         if progress is not None:
             progress(start + len(some), len(histories))
     return ranked
-
-
-def _take(histories: Histories, users: np.ndarray) -> Histories:
-    """The histories of some users, by a bool mask (B,)."""
-    keep = np.repeat(users, histories.lengths)
-    offsets = np.concatenate([[0], np.cumsum(histories.lengths[users])])
-    features = {name: value[keep] for name, value in histories.features.items()}
-    return Histories(offsets, histories.item[keep], histories.time[keep], features)
 
 
 def _require_same_users(evaluations: Sequence[Evaluation]) -> None:

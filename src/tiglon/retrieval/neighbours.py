@@ -138,7 +138,7 @@ class CatalogueScorer(Retriever):
         step = max(1, _SCORES_AT_ONCE // max(len(self.items), 1))
         for start in range(0, len(histories), step):
             rows = slice(start, start + step)
-            some = histories.select(rows)
+            some = histories.take(rows)
             best = top_items(self.score(some), k, some if exclude_seen else None)
             item[rows], score[rows] = best.item, best.score
         return Candidates(item, score, self.name)

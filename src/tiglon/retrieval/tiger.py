@@ -37,7 +37,7 @@ from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
 FORMAT = 1
 
@@ -62,11 +62,13 @@ class Batch(NamedTuple):
     """Rows of events, oldest first, padded at the end.
 
     item, moment: (B, L) int64, moment PADDING where there is no event.   target: (B, L) bool.
+    user: (B,) int64, as `Histories.user` has it.
     """
 
     item: Tensor
     moment: Tensor
     target: Tensor
+    user: Tensor
 
 
 class Tiger(Retriever):
@@ -127,6 +129,7 @@ class Tiger(Retriever):
         moment = moments(interactions)
         wanted = (self.ids.alive & self.trained)[log.item]  # what left the catalogue is read, not predicted
         windows = self.network.windows(log.offsets, moment, self.config.window)
+        user = user_names(interactions.users)[interactions.user]
         before = np.concatenate([[0], np.cumsum(wanted)])  # (E+1,)
         windows = windows[before[windows[:, 1]] > before[windows[:, 2]]]
         if not len(windows):
@@ -136,10 +139,10 @@ class Tiger(Retriever):
         sample = None
         if validation is not None and len(validation):
             rows = np.sort(choose.permutation(len(validation))[: c.validation_users])
-            sample = take(validation, rows)
+            sample = validation.take(rows)
 
         def epoch_batches(epoch: int) -> Sequence[Batch]:
-            return _Batches(log.item, moment, wanted, windows, c.batch_targets, [c.train.seed, epoch])
+            return _Batches(log.item, moment, wanted, user, windows, c.batch_targets, [c.train.seed, epoch])
 
         def validate() -> float:
             assert sample is not None
@@ -166,7 +169,9 @@ class Tiger(Retriever):
     def loss(self, batch: Batch) -> Tensor:
         """(T, S) −log p of each code of the batch's T targets; a row's sum is −log p(item)."""
         allowed = self._allowed(batch.item[batch.target]) if self.config.renormalise else None
-        return self.network.loss(self._codes[batch.item], batch.moment, batch.target, allowed)
+        return self.network.loss(
+            self._codes[batch.item], batch.moment, batch.target, allowed, user_B=batch.user
+        )
 
     def _allowed(self, items: Tensor) -> list[Tensor]:
         """For each position the codes (T, V) that exist below each item's prefix."""
@@ -209,7 +214,7 @@ class Tiger(Retriever):
         order = np.argsort(histories.lengths, kind="stable")
         for start in range(0, len(order), 64):
             rows = np.sort(order[start : start + 64])
-            some = rows_of(histories, rows)
+            some = histories.take(rows)
             step = self._step(some)
             best = beam_search(
                 step,
@@ -238,7 +243,8 @@ class Tiger(Retriever):
         moment = np.where(real, histories_moments(some)[np.where(real, at, 0)], PADDING) if width else item
         now = np.where(lengths > 0, np.where(real, moment, -1).max(axis=1, initial=-1) + 1, 0)
         network: Any = self.network
-        memory = network.encode(self._codes[torch.from_numpy(item)], torch.from_numpy(moment))
+        user = None if histories.user is None else torch.from_numpy(histories.user)
+        memory = network.encode(self._codes[torch.from_numpy(item)], torch.from_numpy(moment), user)
         return network.decoder_for(memory, torch.from_numpy(now))
 
     # -- items that arrive later -----------------------------------------------------------------
@@ -383,11 +389,13 @@ class _Batches(Sequence[Batch]):
         item: np.ndarray,
         moment: np.ndarray,
         wanted: np.ndarray,
+        user: np.ndarray,
         windows: np.ndarray,
         targets: int,
         seed: list[int],
     ) -> None:
-        self.item, self.moment, self.wanted, self.windows = item, moment, wanted, windows
+        self.item, self.moment, self.wanted, self.user = item, moment, wanted, user
+        self.windows = windows
         random = np.random.default_rng(seed)
         length = windows[:, 1] - windows[:, 0]
         step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64) - 3, 0)
@@ -406,15 +414,21 @@ class _Batches(Sequence[Batch]):
         if isinstance(index, slice):
             return (self[i] for i in range(*index.indices(len(self))))
         rows = self.groups[index]
-        return collate(self.item, self.moment, self.wanted, self.windows[rows], int(self.width[rows[0]]))
+        log = (self.item, self.moment, self.wanted, self.user)
+        return collate(*log, self.windows[rows], int(self.width[rows[0]]))
 
 
 def collate(
-    item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, windows: np.ndarray, width: int
+    item: np.ndarray,
+    moment: np.ndarray,
+    wanted: np.ndarray,
+    user: np.ndarray,
+    windows: np.ndarray,
+    width: int,
 ) -> Batch:
     """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch `width` wide.
 
-    wanted: (E,) bool, the events that may be targets.
+    wanted: (E,) bool, the events that may be targets.   user: (E,) whose they are.
     """
     start, stop, first = windows.T
     at = start[:, None] + np.arange(width)
@@ -422,18 +436,5 @@ def collate(
     at = np.where(real, at, start[:, None])
     row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
     target = real & (at >= first[:, None]) & wanted[at]
-    return Batch(*map(torch.from_numpy, (item[at].astype(np.int64), row_moment.astype(np.int64), target)))
-
-
-def rows_of(histories: Histories, rows: np.ndarray) -> Histories:
-    """The histories of some users, in the order given."""
-    lengths = histories.lengths[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    at = np.arange(offsets[-1]) + np.repeat(histories.offsets[rows] - offsets[:-1], lengths)
-    features = {name: value[at] for name, value in histories.features.items()}
-    return Histories(offsets, histories.item[at], histories.time[at], features)
-
-
-def take(targets: Targets, rows: np.ndarray) -> Targets:
-    """Some of the users."""
-    return Targets(targets.user[rows], rows_of(targets.histories, rows), rows_of(targets.truth, rows))
+    columns = item[at].astype(np.int64), row_moment.astype(np.int64), target, user[start]
+    return Batch(*map(torch.from_numpy, columns))

@@ -172,8 +172,8 @@ class CausalTiger(nn.Module):
 
     # -- history → memory ----------------------------------------------------------------------
 
-    def encode(self, codes_BLS: Tensor, moment_BL: Tensor) -> Memory:
-        """Memory of L items a user, oldest first; padding comes last, at moment PADDING."""
+    def encode(self, codes_BLS: Tensor, moment_BL: Tensor, user_B: Tensor | None = None) -> Memory:
+        """Memory of L items a user, oldest first; padding comes last, at moment PADDING. Blind to `user_B`."""
         B, _, S = codes_BLS.shape
         x = self.embed(codes_BLS).sum(dim=2) * S**-0.5
         x = self.dropout(torch.cat([self.start.expand(B, 1, -1), x], dim=1))
@@ -200,7 +200,12 @@ class CausalTiger(nn.Module):
         return self.dropout(self.norm_decoder(x)).reshape(B, L, S, -1)
 
     def loss(
-        self, codes_BLS: Tensor, moment_BL: Tensor, target_BL: Tensor, allowed: list[Tensor] | None
+        self,
+        codes_BLS: Tensor,
+        moment_BL: Tensor,
+        target_BL: Tensor,
+        allowed: list[Tensor] | None,
+        user_B: Tensor | None = None,
     ) -> Tensor:
         """(T, S) −log p of each code of the T targets marked in `target_BL`, given the codes before it.
 

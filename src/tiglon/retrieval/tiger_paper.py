@@ -107,9 +107,9 @@ class PaperTiger(nn.Module):
             real = real & visible_BL[..., None]
         token, real = token.flatten(1), real.flatten(1)
         if users := self.config.user_tokens:  # the row after them is the unknown user's
-            unknown = torch.full((len(token),), -1) if user_B is None else user_B
-            hashed = torch.where(unknown < 0, users, unknown * 2654435761 % 2**32 % users)
-            token = torch.cat([self.separator + 1 + hashed[:, None], token], dim=1)
+            named = torch.full((len(token),), -1) if user_B is None else user_B
+            number = torch.where(named < 0, users, named % users)
+            token = torch.cat([self.separator + 1 + number[:, None], token], dim=1)
             real = F.pad(real, (1, 0), value=True)
         return token, real
 
@@ -152,7 +152,12 @@ class PaperTiger(nn.Module):
         return F.linear(x * self.config.width**-0.5, self.token.weight)
 
     def loss(
-        self, codes_BLS: Tensor, moment_BL: Tensor, target_BL: Tensor, allowed: list[Tensor] | None
+        self,
+        codes_BLS: Tensor,
+        moment_BL: Tensor,
+        target_BL: Tensor,
+        allowed: list[Tensor] | None,
+        user_B: Tensor | None = None,
     ) -> Tensor:
         """(B, S) −log p of each code of each row's one target; `allowed` as in `CausalTiger.loss`."""
         at = target_BL.int().argmax(dim=1)
@@ -160,7 +165,7 @@ class PaperTiger(nn.Module):
         past = torch.where(moment_BL < moment_BL[rows, at][:, None], moment_BL, PADDING)
         width = int((past < PADDING).sum(dim=1).max())
         truth_BS = codes_BLS[rows, at]
-        logits = self(self.encode(codes_BLS[:, :width], past[:, :width]), truth_BS).float()
+        logits = self(self.encode(codes_BLS[:, :width], past[:, :width], user_B), truth_BS).float()
         losses = []
         for s, (offset, size) in enumerate(zip(self.offsets.tolist(), self.sizes, strict=True)):
             here, goal = logits[:, s], truth_BS[:, s] + offset

@@ -20,13 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
-import pyarrow as pa
 
 from tiglon.errors import BundleDamagedError, CapacityError, DataError
 from tiglon.semantic_ids import storage
-from tiglon.types import Vocabulary
+from tiglon.types import Vocabulary, hash_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,33 +188,6 @@ def churn(old: SemanticIds, new: SemanticIds) -> np.ndarray:
     both = old.alive[:common] & new.alive[:common]
     differs = old.codes[:common][both] != new.codes[:common][both]
     return np.logical_or.accumulate(differs, axis=1).mean(axis=0) if both.any() else np.zeros(len(old.sizes))
-
-
-def hash_ids(keys: Vocabulary) -> np.ndarray:
-    """(n,) uint64: a hash of each raw id (FNV-1a of its bytes, then mixed), the same everywhere."""
-    raw = keys.raw
-    if pa.types.is_integer(raw.type):
-        text = raw.to_numpy(zero_copy_only=False).astype("<i8").view(np.uint8)
-        offsets = np.arange(len(raw) + 1, dtype=np.int64) * 8
-    else:
-        raw = raw.cast(pa.large_string())
-        _, ends, data = raw.buffers()
-        text = np.frombuffer(data or b"", np.uint8)
-        offsets = np.frombuffer(ends or bytes(8), np.int64)[raw.offset : raw.offset + len(raw) + 1]
-    return _fnv(text, offsets)
-
-
-@numba.njit(cache=True)
-def _fnv(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    hashes = np.empty(len(offsets) - 1, np.uint64)
-    for i in range(len(hashes)):
-        h = np.uint64(0xCBF29CE484222325)
-        for j in range(offsets[i], offsets[i + 1]):
-            h = (h ^ np.uint64(text[j])) * np.uint64(0x100000001B3)
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-        hashes[i] = h ^ (h >> np.uint64(33))
-    return hashes
 
 
 def _groups(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from tiglon.semantic_ids import storage
-from tiglon.semantic_ids.catalog import hash_ids
 from tiglon.semantic_ids.tokenizer import path_in, require_sizes, require_vectors
-from tiglon.types import Vocabulary
+from tiglon.types import Vocabulary, hash_ids
 
 
 class RandomIds:

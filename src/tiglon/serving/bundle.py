@@ -200,7 +200,7 @@ class Bundle:
             found = self.tiger.with_unseen(found, new_share)
         answers = []
         for b, (item, score) in enumerate(zip(found.item, found.score, strict=True)):
-            own = histories.select(slice(b, b + 1))
+            own = histories.take(slice(b, b + 1))
             row = [] if not len(own.item) else self._named(item, score, self.tiger.name)
             if len(row) < min(k, len(self.tiger.trie)):
                 row = self._filled(row, own, k, mask)
