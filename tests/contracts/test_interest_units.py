@@ -9,18 +9,25 @@ import pytest
 import torch
 
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.eta import Eta
 from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, MostRecent
 from tiglon.ranking.ranker import Interest, InterestUnit, Ranker, RankerConfig
+from tiglon.ranking.sdim import Sdim
+from tiglon.ranking.sim import SimHard, SimSoft
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
 SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
     "most recent": lambda embed, k: MostRecent(embed, k=k),
+    "SIM hard": lambda embed, k: SimHard(embed, category=1, k=k),
+    "SIM soft": lambda embed, k: SimSoft(embed, k=k),
+    "ETA": lambda embed, k: Eta(embed, k=k),
 }
 
 UNITS: dict[str, Callable[[FeatureEmbedding], InterestUnit]] = {
     "mean pooling": MeanPooling,
     "full attention": FullAttention,
     "chunk pooling": lambda embed: ChunkPooling(embed, chunk=4),
+    "SDIM": Sdim,
     **{name: lambda embed, make=make: make(embed, 3) for name, make in SELECTORS.items()},
 }
 

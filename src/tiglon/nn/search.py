@@ -108,21 +108,19 @@ def attend(
     features: behaviours of shape (…) → their inherent (…, H) and cross features (…, J, C).
     Returns the interest (B, K, D) and the weights (B, K, k), the mean over heads, 0 where chosen is −1.
     """
-    query = attention.queries(item_BKH)
-    K, k = chosen_BKk.shape[1:]
+    B, K, k = chosen_BKk.shape
     L = past.mask.shape[1]
     here = chosen_BKk >= 0
-    if K * k >= L:  # fewer rows to project; the rest of each candidate's is masked
-        inherent, cross = features(past)
-        wanted = torch.zeros(*chosen_BKk.shape[:2], L + 1, dtype=torch.bool)
-        mask_BKL = wanted.scatter(2, chosen_BKk.masked_fill(~here, L), True)[..., :L] & past.mask[:, None]
-        alpha = attention.score(query, attention.keys(inherent), attention.bias(cross), mask_BKL, past.size)
-        vector, weight_BKAL = attention.mix(alpha, inherent, cross)
-        weight = weight_BKAL.mean(dim=2).gather(2, chosen_BKk.clamp(min=0)) if L else torch.zeros(here.shape)
+    all_rows = K * k >= L  # fewer to project than the chosen ones; what a candidate did not choose is masked
+    if all_rows:
+        wanted = torch.zeros(B, K, L + 1, dtype=torch.bool)
+        wanted = wanted.scatter(2, chosen_BKk.masked_fill(~here, L), True)[..., :L]
+        own = past._replace(mask=wanted & past.mask[:, None])
     else:
         own = gather(past, chosen_BKk)
-        inherent, cross = features(own)
-        alpha = attention.score(query, attention.keys(inherent), attention.bias(cross), own.mask, own.size)
-        vector, weight_BKAk = attention.mix(alpha, inherent, cross)
-        weight = weight_BKAk.mean(dim=2)
+    inherent, cross = features(own)
+    vector, weight_BKA = attention.mix(attention.logits(item_BKH, own, inherent, cross), inherent, cross)
+    weight = weight_BKA.mean(dim=2)
+    if all_rows:
+        weight = weight.gather(2, chosen_BKk.clamp(min=0))
     return vector, weight.masked_fill(~here, 0.0)

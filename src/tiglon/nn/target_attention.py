@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiglon.types import Behaviours
+
 HIDDEN = float("-inf")
 
 
@@ -81,6 +83,11 @@ class TargetAttention(nn.Module):
             alpha = alpha + (n[:, None] if size.dim() == 2 else n)
         hidden = ~mask[..., None, :]
         return alpha.masked_fill(hidden[:, None] if mask.dim() == 2 else hidden, HIDDEN)
+
+    def logits(self, item_BKH: Tensor, past: Behaviours, inherent: Tensor, cross: Tensor) -> Tensor:
+        """α, (B, K, A, L), of behaviours with these features, all projections live."""
+        query = self.queries(item_BKH)
+        return self.score(query, self.keys(inherent), self.bias(cross), past.mask, past.size)
 
     def mix(self, alpha: Tensor, inherent: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(α) over behaviours → interest (B, K, D) and weights (B, K, A, L); zeros without any.

@@ -138,12 +138,6 @@ def _attend(
     attention: TargetAttention, item_BKH: Tensor, past: Behaviours, inherent_BLH: Tensor, cross_BLJC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The interest (B, K, D) and the weights (B, K, L), the mean over heads."""
-    alpha = attention.score(
-        attention.queries(item_BKH),
-        attention.keys(inherent_BLH),
-        attention.bias(cross_BLJC),
-        past.mask,
-        past.size,
-    )
+    alpha = attention.logits(item_BKH, past, inherent_BLH, cross_BLJC)
     vector, weight_BKAL = attention.mix(alpha, inherent_BLH, cross_BLJC)
     return vector, weight_BKAL.mean(dim=2)
