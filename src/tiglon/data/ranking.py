@@ -271,21 +271,21 @@ def next_basket(
     rng = np.random.default_rng(config.seed)
     N = len(log.items)
     request, line = _basket_requests(log, counts, asked, config, rng)
-    truth = np.unique(request * N + log.item[line])
+    truth = _distinct(request * N + log.item[line])
     first_line = line[np.searchsorted(request, np.arange(request[-1] + 1))]
     user, time = log.user[first_line].astype(np.int64), log.time[first_line]
 
     kept = truth[_some(truth // N, config.positives, rng)]
     extra = _hard(hard, user, time, counts, truth)
     chance = np.where(counts > 0, np.asarray(counts, np.float64) ** config.power, 0.0)
-    drawn = _draw(len(user), config.negatives, chance, np.union1d(truth, extra), rng)
+    drawn = _draw(len(user), config.negatives, chance, _distinct(np.concatenate([truth, extra])), rng)
     candidate = np.concatenate([kept, extra, drawn])
     candidate = candidate[np.lexsort((rng.random(len(candidate)), candidate // N))]
     owner, item = candidate // N, candidate % N
 
-    labels = {NEXT_BASKET: lambda: np.isin(candidate, truth).astype(np.float32)}
+    labels = {NEXT_BASKET: lambda: _among(candidate, truth).astype(np.float32)}
     labels[WITHIN_30_DAYS] = lambda: _bought_within(log, user[owner], item, time[owner], 30 * config.day)
-    labels[QUANTITY_2] = lambda: np.isin(candidate, _several(log, request, line)).astype(np.float32)
+    labels[QUANTITY_2] = lambda: _among(candidate, _several(log, request, line)).astype(np.float32)
     return RankingTask(
         store=store or features.store(log),
         features=features,
@@ -314,7 +314,7 @@ def _basket_requests(
     use = (nth >= config.first)[basket] & (counts[log.item] > 0)
     if asked is not None:
         use &= asked
-    chosen = np.unique(basket[use])
+    chosen = _distinct(basket[use])
     if not len(chosen):
         raise DataError(
             "no basket to ask for",
@@ -323,7 +323,7 @@ def _basket_requests(
         )
     if config.requests is not None and len(chosen) > config.requests:
         chosen = np.sort(rng.choice(chosen, config.requests, replace=False))
-    line = np.flatnonzero(use & np.isin(basket, chosen))
+    line = np.flatnonzero(use & _among(basket, chosen))
     return np.searchsorted(chosen, basket[line]), line
 
 
@@ -347,8 +347,8 @@ def _draw(
         if not len(request) or not share[-1]:
             break
         item = np.searchsorted(share, rng.random(len(request)) * share[-1], side="right")
-        drawn = np.unique(request * N + np.minimum(item, np.flatnonzero(chance)[-1]))
-        found = np.union1d(found, drawn[~np.isin(drawn, taken)])
+        drawn = _distinct(request * N + np.minimum(item, np.flatnonzero(chance)[-1]))
+        found = _distinct(np.concatenate([found, drawn[~_among(drawn, taken)]]))
     return found
 
 
@@ -372,8 +372,8 @@ def _hard(
             f"hard negatives of shape {item.shape} for {len(user)} requests",
             rule=f"They are dense items (requests, any number), −1 … {N - 1}",
         )
-    keys = (np.arange(len(user))[:, None] * N + item)[(item != MISSING) & (counts[item] > 0)]
-    return np.setdiff1d(keys, truth)
+    keys = _distinct((np.arange(len(user))[:, None] * N + item)[(item != MISSING) & (counts[item] > 0)])
+    return keys[~_among(keys, truth)]
 
 
 def _bought_within(
@@ -394,11 +394,24 @@ def _bought_within(
     return np.where(time + period > log.time.max(), np.nan, within).astype(np.float32)
 
 
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """Rising, each once; keys ≥ 0. (np.unique hashes, which is slower on millions.)"""
+    keys = np.sort(keys)
+    return keys[np.diff(keys, prepend=-1) != 0]
+
+
+def _among(keys: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """bool, which keys are in the rising table."""
+    if not len(table):
+        return np.zeros(len(keys), bool)
+    return table[np.minimum(np.searchsorted(table, keys), len(table) - 1)] == keys
+
+
 def _several(log: Interactions, request: np.ndarray, line: np.ndarray) -> np.ndarray:
-    """request × N + item of the lines of two or more pieces."""
+    """request × N + item of the lines of two or more pieces, rising."""
     require_columns(log.extra.columns, ["quantity"])
     several = (log.extra["quantity"] >= 2).fill_null(False).to_numpy()[line]
-    return request[several] * len(log.items) + log.item[line[several]]
+    return _distinct(request[several] * len(log.items) + log.item[line[several]])
 
 
 class Tasks(NamedTuple):
