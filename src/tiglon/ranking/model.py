@@ -1,0 +1,445 @@
+"""A ranker that answers with your ids: a network, the features it reads, every user's life.
+
+    ranker = LifelongRanker.of(task, LifelongConfig(long="twin")).fit(task, validation)
+    ranker.evaluate(test)                                   GAUC, AUC, log loss … of each task head
+    ranker.predict(["user 7"], [["milk", "bread"]])         probabilities, on the stored lives
+    ranker.explain("user 7", "milk")                        the behaviours that were attended to
+
+Who is unknown. An unknown user has no past and an unknown profile. A candidate that is unknown, or had no
+event in training, is known by its other features, if any. Both get a probability. A request without a time
+comes one unit of time after the newest event that is stored.
+
+Letters: R requests, C candidates of all of them, T tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tiglon.data.features import FittedFeatures
+from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.data.ranking import RankingTask
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, did_you_mean
+from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
+from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.ranker import Interest, Ranker, RankerConfig
+from tiglon.ranking.units import UnitConfig, make_unit, require_unit
+from tiglon.train.loop import Progress, TrainConfig, train
+from tiglon.types import RankingBatch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LifelongConfig:
+    long: str = "full_attention"  # the unit that reads the whole life, by its name in `units`; or "none"
+    short: str = "full_attention"  # the unit that reads the most recent `network.recent`; or "none"
+    unit: UnitConfig = field(default_factory=UnitConfig)
+    network: RankerConfig = field(default_factory=RankerConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, bfloat16=False))
+    longest: int | None = None  # behaviours read at most, the most recent; None: all
+    requests: int = 32  # a step, fewer where lives are long
+    validation_requests: int = 2_000  # drawn by the seed; the score that selects is their GAUC
+
+    def __post_init__(self) -> None:
+        require_unit(self.long)
+        require_unit(self.short)
+        for name in ("requests", "validation_requests"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if self.longest is not None and self.longest < 1:
+            raise ConfigError(
+                f"longest={self.longest}", rule="At least one behaviour is read", fix="Pass None for all"
+            )
+
+
+class Attended(NamedTuple):
+    """A behaviour that an answer rests on. weight: its share of the attention, the mean over heads."""
+
+    item_id: Any
+    time: int
+    weight: float
+
+
+class LifelongRanker:
+    """Scores candidates by a user's whole life.
+
+    features, histories: of training; the histories may be replaced by longer ones of the same items.
+    """
+
+    def __init__(
+        self,
+        features: FittedFeatures,
+        histories: HistoryStore,
+        tasks: Sequence[str] = ("label",),
+        config: LifelongConfig | None = None,
+    ) -> None:
+        self.config = c = config or LifelongConfig()
+        self.features, self.histories, self.tasks = features, histories, tuple(tasks)
+        torch.manual_seed(c.train.seed)
+        embed = FeatureEmbedding(**features.embedding())
+        category = category_of(features, c.unit.category)
+        long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
+        self.network = Ranker(embed, long, short, self.tasks, c.network).eval()
+        self.history: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, task: RankingTask, config: LifelongConfig | None = None) -> LifelongRanker:
+        """An untrained ranker for the features, lives and labels of a task."""
+        if not isinstance(task.store, HistoryStore):
+            raise DataError("a task that reads the past from another store than a HistoryStore")
+        return cls(task.features, task.store, task.tasks, config)
+
+    @property
+    def name(self) -> str:
+        return self.config.long if self.config.long != "none" else f"recent {self.config.network.recent}"
+
+    @property
+    def version(self) -> str:
+        """Names the weights: 16 hex digits of a hash over them."""
+        digest = hashlib.sha256()
+        for key, value in self.network.state_dict().items():
+            digest.update(key.encode() + value.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        task: RankingTask,
+        validation: RankingTask | None = None,
+        *,
+        directory: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> LifelongRanker:
+        """Learn from the task's labels; keep the weights whose GAUC of the first label is best on `validation`.
+
+        directory: for checkpoints; the same call on the same directory goes on where it stopped.
+        Raises DataError for a task of other labels or items.
+        """
+        c = self.config
+        for given in (task, validation):
+            if given is not None:
+                self._require_fit(given)
+        sample = None
+        if validation is not None and len(validation):
+            rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_requests]
+            sample = validation.select(np.sort(rows))
+
+        def epoch_batches(epoch: int) -> Sequence[RankingBatch]:
+            return task.batches(c.requests, last=c.longest, seed=c.train.seed * 1_000_003 + epoch)
+
+        def validate() -> float:
+            assert sample is not None
+            label = sample.label[:, 0]
+            known = ~np.isnan(label)
+            user = sample.user[sample.owner]
+            score = gauc(self.score(sample)[known, 0], label[known], user[known])
+            return score if score == score else 0.0
+
+        self.history = train(
+            self.network,
+            epoch_batches,
+            lambda network, batch: network.loss(batch),
+            validate if sample is not None else None,
+            c.train,
+            directory,
+            report,
+            about={
+                "requests_learned": f"{len(task)} requests, checksum {zlib.crc32(task.item.tobytes())}",
+                **{key: value for key, value in asdict(c).items() if key != "train"},
+            },
+        )
+        return self
+
+    def _require_fit(self, task: RankingTask) -> None:
+        if task.tasks != self.tasks:
+            raise DataError(
+                f"a task with the labels {', '.join(task.tasks)}",
+                rule=f"This ranker has a head for {', '.join(self.tasks)}",
+                fix="Make a ranker for the task: LifelongRanker.of(task)",
+            )
+        if task.store.items != self.histories.items:
+            raise DataError(
+                "a task of other items than the ranker's",
+                fix="Make a ranker for the task: LifelongRanker.of(task)",
+            )
+
+    # -- answering -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, task: RankingTask) -> np.ndarray:
+        """(C, T) probabilities of a task's candidates, in its order."""
+        network = self.network.eval()
+        order = np.argsort(task.lengths, kind="stable")  # lives of like length together: little padding
+        counts = np.diff(task.offsets)[order]
+        found, row = [], 0
+        for batch in task.select(order).batches(self.config.requests, last=self.config.longest):
+            B, K = batch.item.shape
+            real = np.arange(K) < counts[row : row + B, None]
+            found.append(torch.sigmoid(network(batch)).numpy()[real])
+            row += B
+        score = np.empty((len(task.item), len(self.tasks)), np.float32)
+        score[_places(task.offsets, order)] = np.concatenate(found) if found else score
+        return score
+
+    def evaluate(self, task: RankingTask, name: str | None = None) -> list[RankingEvaluation]:
+        """One evaluation a label."""
+        self._require_fit(task)
+        return measure_task(name or self.name, task, self.score(task))
+
+    def predict(
+        self,
+        users: Sequence[Any],
+        candidates: Sequence[Sequence[Any]],
+        time: int | Sequence[int] | None = None,
+        *,
+        context: pl.DataFrame | None = None,
+        task: str | None = None,
+    ) -> list[np.ndarray]:
+        """For each user the probability of each of their candidates, by raw ids, on the stored lives.
+
+        time: when they ask, one for all or one a user; behaviours strictly before it are read. None: now.
+        context: a line a user with the context features; None leaves them unknown.
+        task: whose head answers; None: the first. Raises DataError, ConfigError.
+        """
+        head = 0 if task is None else self._head(task)
+        if len(users) != len(candidates):
+            raise DataError(
+                f"{len(candidates)} lists of candidates for {len(users)} users", rule="One list a user"
+            )
+        asked = self._requests(users, candidates, time, context)
+        score = self.score(asked)[:, head]
+        return [score[a:b] for a, b in zip(asked.offsets[:-1], asked.offsets[1:], strict=True)]
+
+    def explain(
+        self,
+        user: Any,
+        candidate: Any,
+        time: int | None = None,
+        *,
+        k: int = 10,
+        context: pl.DataFrame | None = None,
+    ) -> list[Attended]:
+        """The k behaviours that counted most when the long unit (or else the short one) read a candidate.
+
+        Raises ConfigError where the unit does not attend to single behaviours.
+        """
+        asked = self._requests([user], [[candidate]], time, context)
+        batch = asked.batches(1, last=self.config.longest)[0]
+        with torch.inference_mode():
+            found = self.network.eval().score(batch)[1]
+        interest = found[-1] if found else Interest(torch.empty(0))
+        if interest.chosen is None or interest.weight is None:
+            raise ConfigError(
+                f"'{self.name}' does not say which behaviours it attends to",
+                rule="Units that pool or read in order weigh no single behaviour",
+                fix="Ask a ranker whose unit attends, such as twin",
+            )
+        life = self.histories.before(asked.user, asked.time, self.config.longest)
+        at, weight = interest.chosen[0, 0].numpy(), interest.weight[0, 0].numpy()
+        if self.network.long is None:
+            at = np.where(at >= 0, at + max(len(life.item) - self.config.network.recent, 0), at)
+        best = np.argsort(-weight, kind="stable")
+        best = best[at[best] >= 0][:k]
+        items = self.histories.items.decode(life.item[at[best]])
+        return [
+            Attended(item, int(life.time[i]), float(w))
+            for item, i, w in zip(items, at[best], weight[best], strict=True)
+        ]
+
+    def _head(self, task: str) -> int:
+        if task not in self.tasks:
+            raise ConfigError(f"no task '{task}'", fix=did_you_mean(task, self.tasks))
+        return self.tasks.index(task)
+
+    def _requests(
+        self,
+        users: Sequence[Any],
+        candidates: Sequence[Sequence[Any]],
+        time: int | Sequence[int] | None,
+        context: pl.DataFrame | None,
+    ) -> RankingTask:
+        """What is asked, as a task without labels."""
+        store = self.histories
+        if time is None:
+            time = int(store.time.max(initial=-1)) + 1
+        moment = np.asarray(time, np.int64)
+        if moment.shape not in ((), (len(users),)):
+            raise DataError(f"{moment.shape} times for {len(users)} users", rule="One time, or one a user")
+        if context is not None and context.height != len(users):
+            raise DataError(f"{context.height} lines of context for {len(users)} users", rule="One a user")
+        if context is None:
+            names = [feature.name for feature in self.features.schema.of("context")]
+            context = pl.DataFrame({name: [None] * len(users) for name in names})
+        user = store.users.encode(list(users))
+        item = store.items.encode([item for given in candidates for item in given])
+        return RankingTask(
+            store=store,
+            features=self.features,
+            user=user,
+            time=np.broadcast_to(moment, user.shape).copy(),
+            offsets=offsets_of(np.array([len(given) for given in candidates], np.int64)),
+            item=item,
+            label=np.full((len(item), len(self.tasks)), np.nan, np.float32),
+            profile=self.features.profile_codes(user, context),
+            tasks=self.tasks,
+        )
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path, requests: Mapping[str, RankingTask] | None = None) -> None:
+        """Write the folder, all of it or nothing; `requests` are kept, by name, to measure again later.
+
+        Raises StorageError.
+        """
+        with written_aside(Path(directory)) as aside:
+            for name, task in (requests or {}).items():
+                _write_requests(task, aside / "requests" / name)
+            save_file(self.network.state_dict(), aside / "network.safetensors")
+            self.features.save(aside / "features")
+            self.histories.save(aside / "histories")
+            about = {
+                "format": FORMAT,
+                "kind": "LifelongRanker",
+                "version": self.version,
+                "tasks": self.tasks,
+                "config": asdict(self.config),
+                "history": self.history,
+            }
+            (aside / "ranker.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> LifelongRanker:
+        """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "ranker.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"a ranker of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            features = FittedFeatures.load(directory / "features")
+            histories = HistoryStore.load(directory / "histories")
+            self = cls(features, histories, about["tasks"], _config(about["config"]))
+            self.network.load_state_dict(load_file(directory / "network.safetensors"))
+            self.history = about["history"]
+            if self.version != about["version"]:
+                raise ValueError(f"weights {self.version} where {about['version']} were saved")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, (BundleDamagedError, BundleVersionError)):
+                raise
+            raise BundleDamagedError(
+                f"the ranker in {directory} cannot be read: {error}",
+                rule="A ranker has ranker.json, network.safetensors, features and histories",
+                fix="Copy the folder again, or train anew",
+            ) from error
+        return self
+
+    def requests(self, directory: str | Path, name: str) -> RankingTask:
+        """Requests that `save` kept, on this ranker's lives. Raises ConfigError, BundleDamagedError."""
+        folder = Path(directory) / "requests" / name
+        known = [path.name for path in folder.parent.glob("*")]
+        if name not in known:
+            raise ConfigError(f"no requests named '{name}' in {directory}", fix=did_you_mean(name, known))
+        try:
+            asked = pl.read_parquet(folder / "requests.parquet")
+            candidates = pl.read_parquet(folder / "candidates.parquet")
+            return RankingTask(
+                store=self.histories,
+                features=self.features,
+                user=asked["user"].to_numpy(),
+                time=asked["time"].to_numpy(),
+                offsets=offsets_of(asked["candidates"].to_numpy()),
+                item=candidates["item"].to_numpy(),
+                label=candidates.select(self.tasks).to_numpy().astype(np.float32),
+                profile=np.load(folder / "profile.npy"),
+                tasks=self.tasks,
+            )
+        except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+            raise BundleDamagedError(
+                f"the requests in {folder} cannot be read: {error}", fix="Copy the folder again"
+            ) from error
+
+
+def is_ranker(path: str | Path) -> bool:
+    """Whether a folder says of itself that it is one."""
+    return (Path(path) / "ranker.json").is_file()
+
+
+def measure_task(
+    name: str, task: RankingTask, score: np.ndarray, *, probability: bool = True
+) -> list[RankingEvaluation]:
+    """One evaluation a label of a task, by scores (C, T), or (C, 1) for all labels."""
+    owner = task.owner
+    return [
+        measure(
+            name,
+            score[:, min(t, score.shape[1] - 1)],
+            task.label[:, t],
+            user=task.user[owner],
+            request=owner,
+            length=task.lengths[owner],
+            task=title,
+            probability=probability,
+        )
+        for t, title in enumerate(task.tasks)
+        if not np.isnan(task.label[:, t]).all()
+    ]
+
+
+def category_of(features: FittedFeatures, name: str | None) -> int:
+    """Which inherent feature SIM's hard search filters by: the named one, or the finest with at most 1,000
+    codes that is not the item itself, or the first. Raises ConfigError for an unknown name."""
+    names = [feature.name for feature in features.schema.of("inherent")]
+    if name is not None:
+        if name not in names:
+            raise ConfigError(f"no inherent feature '{name}'", fix=did_you_mean(name, names))
+        return names.index(name)
+    coarse = [
+        (size, f)
+        for f, (title, size) in enumerate(zip(names, features.item_sizes, strict=True))
+        if title != "item_id" and size <= 1_000
+    ]
+    return max(coarse)[1] if coarse else 0
+
+
+def _places(offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(C,) where in the task each candidate of its requests in `order` stands."""
+    counts = np.diff(offsets)[order]
+    starts = offsets_of(counts)
+    return np.arange(starts[-1]) + np.repeat(offsets[order] - starts[:-1], counts)
+
+
+def _write_requests(task: RankingTask, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    counts = np.diff(task.offsets)
+    pl.DataFrame({"user": task.user, "time": task.time, "candidates": counts}).write_parquet(
+        folder / "requests.parquet"
+    )
+    labels = {name: task.label[:, t] for t, name in enumerate(task.tasks)}
+    pl.DataFrame({"item": task.item, **labels}).write_parquet(folder / "candidates.parquet")
+    np.save(folder / "profile.npy", task.profile)
+
+
+def _config(saved: dict[str, Any]) -> LifelongConfig:
+    """The settings that `asdict` made JSON of."""
+    network, training = saved.pop("network"), saved.pop("train")
+    network["hidden"] = tuple(network["hidden"])
+    training["betas"] = tuple(training["betas"])
+    unit = UnitConfig(**saved.pop("unit"))
+    return LifelongConfig(unit=unit, network=RankerConfig(**network), train=TrainConfig(**training), **saved)

@@ -1,0 +1,343 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon.data.events import align, read_interactions, read_items
+from tiglon.data.features import Feature, FeatureSchema, fit
+from tiglon.data.ranking import BasketConfig, next_basket
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.evaluation.ranking import gauc
+from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, measure_task
+from tiglon.ranking.ranker import RankerConfig
+from tiglon.ranking.units import UnitConfig
+from tiglon.train.loop import TrainConfig
+
+SCHEMA = FeatureSchema(
+    [
+        Feature("item_id", "inherent", width=8),
+        Feature("group", "inherent", width=4),
+        Feature("gap", "cross", "number"),
+        Feature("amount", "cross", "number"),
+        Feature("hour", "context"),
+    ]
+)
+CONFIG = LifelongConfig(
+    short="none",
+    unit=UnitConfig(heads=2, head_width=8, width=8),
+    network=RankerConfig(hidden=(32,)),
+    train=TrainConfig(epochs=5, lr=6e-2, bfloat16=False, evaluations=2, average=0.9, weight_decay=0.0),
+)
+GROUPS, EACH = 4, 5
+
+
+def world():
+    """Each user keeps to one of four groups of five items; user "u0" has one event only."""
+    rng = np.random.default_rng(0)
+    rows = [("u0", "g0i0", 5, 1.0, 0)]
+    for user in range(1, 41):
+        rows += [
+            (f"u{user}", f"g{user % GROUPS}i{rng.integers(EACH)}", 10 * n + user % 3, float(rng.integers(4)), n % 24)
+            for n in range(int(rng.integers(8, 30)))
+        ]  # fmt: skip
+    log = pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "amount", "hour"], orient="row")
+    items = pl.DataFrame(
+        {
+            "item_id": [f"g{g}i{i}" for g in range(GROUPS) for i in range(EACH)],
+            "group": [f"group {g}" for g in range(GROUPS) for _ in range(EACH)],
+        }
+    )
+    return log, items
+
+
+@pytest.fixture(scope="module")
+def task():
+    log, items, _ = align(
+        *(read(table) for read, table in zip((read_interactions, read_items), world(), strict=True))
+    )
+    features = fit(SCHEMA, items, log)
+    counts = np.bincount(log.item, minlength=len(items))
+    config = BasketConfig(first=2, negatives=6, power=0.0, day=1)
+    return next_basket(log, features, counts, config=config, tasks=("next_basket", "within_30_days"))
+
+
+@pytest.fixture(scope="module")
+def ranker(task):
+    last = np.append(task.user[1:] != task.user[:-1], True)
+    return LifelongRanker.of(task, CONFIG).fit(task.select(~last), task.select(last))
+
+
+# -- learning ------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_a_user_keeps_to(ranker, task):
+    found = ranker.evaluate(task)
+    assert [e.task for e in found] == ["next_basket", "within_30_days"]
+    untrained = LifelongRanker.of(task, CONFIG).evaluate(task)[0].metrics["gauc"]
+    assert found[0].metrics["gauc"] > 0.85 > untrained
+    assert ranker.history["best"] > 0.8
+
+
+def test_the_same_seed_gives_the_same_weights(ranker, task):
+    few = task.select(np.arange(60))
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=1))
+    a, b = (LifelongRanker.of(few, config).fit(few, few) for _ in range(2))
+    assert a.version == b.version != ranker.version
+
+
+def test_a_killed_run_goes_on(task, tmp_path):
+    few = task.select(np.arange(80))
+    whole = LifelongRanker.of(few, CONFIG).fit(few)
+
+    def kill(progress):
+        raise KeyboardInterrupt  # at the first report, the last step's where training is that fast
+
+    config = dataclasses.replace(CONFIG.train, checkpoint_minutes=0.0)
+    resumed = dataclasses.replace(CONFIG, train=config)
+    with pytest.raises(KeyboardInterrupt):
+        LifelongRanker.of(few, resumed).fit(few, directory=tmp_path, report=kill)
+    again = LifelongRanker.of(few, resumed).fit(few, directory=tmp_path)
+    assert again.version == whole.version
+
+
+def test_a_task_of_other_labels_is_refused(ranker, task):
+    other = dataclasses.replace(task, label=task.label[:, :1], tasks=("next_basket",))
+    with pytest.raises(
+        DataError, match=r"a task with the labels next_basket\. This ranker has a head for next"
+    ):
+        ranker.fit(other)
+    with pytest.raises(DataError, match="labels next_basket"):
+        ranker.evaluate(other)
+
+
+# -- scores --------------------------------------------------------------------------------------------------
+
+
+def test_scores_come_in_the_order_of_the_task_whatever_the_batches(ranker, task):
+    score = ranker.score(task)
+    assert score.shape == (len(task.item), 2)
+    for requests in (5, 64):
+        other = LifelongRanker.of(task, dataclasses.replace(CONFIG, requests=requests))
+        other.network.load_state_dict(ranker.network.state_dict())
+        np.testing.assert_allclose(other.score(task), score, atol=1e-5)
+    rows = np.random.default_rng(0).permutation(len(task))[:20]
+    some = task.select(rows)
+    expected = np.concatenate([score[task.offsets[r] : task.offsets[r + 1]] for r in rows])
+    np.testing.assert_allclose(ranker.score(some), expected, atol=1e-5)
+
+
+def test_evaluation_is_that_of_the_formulas(ranker, task):
+    found = ranker.evaluate(task, "mine")[0]
+    score, owner = ranker.score(task)[:, 0], task.owner
+    assert found.metrics["gauc"] == pytest.approx(gauc(score, task.label[:, 0], task.user[owner]))
+    assert found.metrics["gauc/request"] == pytest.approx(gauc(score, task.label[:, 0], owner))
+    assert found.name == "mine"
+    short = task.lengths[owner] <= 50
+    assert short.all()
+    assert found.metrics["gauc[0–50]"] == pytest.approx(found.metrics["gauc"])
+
+
+def test_one_score_may_stand_for_all_labels(task):
+    found = measure_task("chance", task, np.zeros((len(task.item), 1)), probability=False)
+    assert [e.metrics["gauc"] for e in found] == [0.5, 0.5]
+
+
+# -- raw ids -------------------------------------------------------------------------------------------------
+
+
+def test_predict_at_a_time_is_the_score_of_the_task(ranker, task):
+    rows = np.array([3, 50, 9])
+    some = task.select(rows)
+    users = some.store.users.decode(some.user)
+    lists = [
+        some.store.items.decode(some.item[a:b]) for a, b in zip(some.offsets, some.offsets[1:], strict=False)
+    ]
+    context = pl.DataFrame({"hour": [str(code - 1) for code in range(3)]})
+    found = ranker.predict(users, lists, some.time.tolist(), context=context)
+    expected = dataclasses.replace(some, profile=ranker.features.profile_codes(some.user, context))
+    np.testing.assert_allclose(np.concatenate(found), ranker.score(expected)[:, 0], atol=1e-6)
+    assert [len(f) for f in found] == np.diff(some.offsets).tolist()
+    second = ranker.predict(users, lists, some.time.tolist(), context=context, task="within_30_days")
+    np.testing.assert_allclose(np.concatenate(second), ranker.score(expected)[:, 1], atol=1e-6)
+
+
+def test_now_is_after_everything_that_is_stored(ranker):
+    newest = int(ranker.histories.time.max())
+    now = ranker.predict(["u7"], [["g3i0", "g1i1"]])
+    np.testing.assert_array_equal(now, ranker.predict(["u7"], [["g3i0", "g1i1"]], newest + 1))
+    early = ranker.predict(["u7"], [["g3i0", "g1i1"]], 30)
+    assert not np.array_equal(now, early)
+
+
+def test_predict_prefers_what_the_user_keeps_to(ranker):
+    own, other = ranker.predict(["u9"], [["g1i0", "g2i0"]])[0]
+    assert own > 2 * other
+
+
+def test_the_unknown_get_a_probability(ranker):
+    """Nobody and nothing of these ids was seen; an unknown candidate is known by nothing."""
+    found = ranker.predict(["nobody", "u3", 17], [["g1i0", "no item"], ["no item", "neither", 3], []])
+    assert [len(f) for f in found] == [2, 3, 0]
+    assert all(((f > 0) & (f < 1)).all() for f in found)
+    assert found[1][0] == found[1][1] == found[1][2]
+    again = ranker.predict(["somebody"], [["g1i0", "no item"]])[0]
+    np.testing.assert_allclose(again, found[0], atol=1e-7)
+
+
+def test_nothing_asked_nothing_answered(ranker):
+    assert ranker.predict([], []) == []
+    assert ranker.predict(["u1"], [[]])[0].shape == (0,)
+
+
+def test_a_user_alone_gets_the_scores_of_a_crowd(ranker):
+    users = [f"u{u}" for u in range(12)]
+    crowd = ranker.predict(users, [["g0i0", "g1i1", "g2i2"]] * 12)
+    for user, found in zip(users, crowd, strict=True):
+        np.testing.assert_allclose(ranker.predict([user], [["g0i0", "g1i1", "g2i2"]])[0], found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda r: r.predict(["u1"], []), DataError, "0 lists of candidates for 1 users. One list a user."),
+        (lambda r: r.predict(["u1"], [["g0i0"]], [1, 2]), DataError, "(2,) times for 1 users. One time"),
+        (lambda r: r.predict(["u1"], [["g0i0"]], task="next_busket"), ConfigError, "no task 'next_busket'. Did you mean 'next_b"),
+        (
+            lambda r: r.predict(["u1"], [["g0i0"]], context=pl.DataFrame({"hour": [1, 2]})),
+            DataError,
+            "2 lines of context for 1 users.",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_questions(ranker, call, error, message):
+    with pytest.raises(error) as found:
+        call(ranker)
+    assert str(found.value).startswith(message)
+
+
+# -- why -----------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_users_own_behaviours_by_weight(ranker):
+    found = ranker.explain("u9", "g1i0", k=4)
+    store = ranker.histories
+    life = store.before(store.users.encode(["u9"]))
+    real = set(zip(store.items.decode(life.item), life.time.tolist(), strict=True))
+    assert len(found) == 4
+    assert all((a.item_id, a.time) in real for a in found)
+    weights = [a.weight for a in found]
+    assert weights == sorted(weights, reverse=True)
+    every = ranker.explain("u9", "g1i0", k=1000)
+    assert len(every) == len(life.item)
+    assert sum(a.weight for a in every) == pytest.approx(1.0, abs=1e-5)
+    assert ranker.explain("u9", "g1i0", time=0) == []
+    assert ranker.explain("nobody", "g1i0") == []
+
+
+def test_the_short_unit_explains_where_there_is_no_long_one(task):
+    config = dataclasses.replace(
+        CONFIG, long="none", short="full_attention", network=RankerConfig(recent=3, hidden=(8,))
+    )
+    ranker = LifelongRanker.of(task, config)
+    store = task.store
+    life = store.before(store.users.encode(["u9"]))
+    assert sorted(a.time for a in ranker.explain("u9", "g1i0")) == life.time[-3:].tolist()
+    assert ranker.name == "recent 3"
+
+
+def test_a_unit_that_pools_explains_nothing(task):
+    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="mean_pooling"))
+    with pytest.raises(ConfigError, match="'mean_pooling' does not say which behaviours it attends to"):
+        ranker.explain("u9", "g1i0")
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+
+def test_category_of_the_hard_search(task):
+    assert category_of(task.features, None) == 1
+    assert category_of(task.features, "item_id") == 0
+    with pytest.raises(ConfigError, match=r"no inherent feature 'gruop'\. Did you mean 'group'\?"):
+        category_of(task.features, "gruop")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"long": "twni"}, "no interest unit named 'twni'."),
+        (
+            {"short": "all_attention"},
+            "no interest unit named 'all_attention'. Did you mean 'full_attention'?",
+        ),
+        ({"requests": 0}, "requests=0. requests is at least 1."),
+        ({"longest": 0}, "longest=0. At least one behaviour is read. Pass None for all."),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError) as error:
+        LifelongConfig(**settings)
+    assert str(error.value).startswith(message)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(ranker, task, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rankers") / "mine"
+    ranker.save(path, {"test": task.select(np.arange(30))})
+    return path
+
+
+def test_what_was_saved_answers_the_same(ranker, task, folder):
+    again = LifelongRanker.load(folder)
+    np.testing.assert_array_equal(again.score(task), ranker.score(task))
+    assert again.version == ranker.version
+    assert again.config == ranker.config
+    assert again.tasks == ranker.tasks
+    assert again.history == ranker.history
+    users, lists = ["u3", "nobody"], [["g1i0"], ["g2i2"]]
+    np.testing.assert_array_equal(again.predict(users, lists), ranker.predict(users, lists))
+    kept, expected = again.requests(folder, "test"), task.select(np.arange(30))
+    np.testing.assert_array_equal(again.score(kept), ranker.score(expected))
+    np.testing.assert_array_equal(kept.label, expected.label)
+    assert again.evaluate(kept)[0].metrics == ranker.evaluate(expected)[0].metrics
+    with pytest.raises(ConfigError, match="no requests named 'validation'"):
+        again.requests(folder, "validation")
+
+
+def test_nothing_in_the_folder_is_a_pickle(folder):
+    endings = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert endings <= {".json", ".safetensors", ".npy", ".parquet"}
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["ranker.json", "network.safetensors", "features", "histories"])
+def test_a_missing_part_is_named(copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(BundleDamagedError, match="cannot be read"):
+        LifelongRanker.load(copy)
+
+
+def test_one_flipped_bit_of_the_weights_is_noticed(copy):
+    path = copy / "network.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleDamagedError, match="were saved"):
+        LifelongRanker.load(copy)
+
+
+def test_a_newer_format_is_refused(copy):
+    about = json.loads((copy / "ranker.json").read_text())
+    (copy / "ranker.json").write_text(json.dumps(about | {"format": 99}))
+    with pytest.raises(BundleVersionError, match="a ranker of format 99"):
+        LifelongRanker.load(copy)
