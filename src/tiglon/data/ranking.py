@@ -223,7 +223,7 @@ class BasketConfig:
     first: int = 5  # baskets that a user has before the first request
     positives: int = 20  # of a basket, at most, drawn at random
     negatives: int = 20  # a request
-    power: float = 0.75  # negatives are drawn by (training lines of the item)^power
+    power: float = 1.0  # negatives are drawn by (training lines of the item)^power
     requests: int | None = None  # at most, drawn at random
     day: int = 86_400  # in the log's unit of time
     seed: int = 0
@@ -452,7 +452,7 @@ def complete_journey_task(
     train_requests: int | None = 40_000,
     first: int = 5,
     negatives: int = 20,
-    power: float = 0.75,
+    power: float = 1.0,
 ) -> Tasks:
     """The next basket of Complete Journey, split by household and by time.
 
@@ -464,7 +464,8 @@ def complete_journey_task(
     are drawn and the requests of training come from the others' lines before the validation. A request's
     history is all of its household's lines before it, from the log's first day on. A household's first
     `first` baskets are no requests. Lines of one basket share a time and are stored in random order (the
-    source sorts them by product). hour and weekday are those of the basket, 0 … 23 and Monday = 1.
+    source sorts them by product). With negatives drawn by plain popularity (power 1), as likely as positives to be
+    popular, an item's popularity tells little and the household's own past nearly everything. hour and weekday are those of the basket, 0 … 23 and Monday = 1.
     """
     source = source or complete_journey()
     lines = source.interactions.sample(fraction=1.0, shuffle=True, seed=seed)
