@@ -1,0 +1,636 @@
+"""Clustered lives beside the histories: made offline, read point-in-time, kept up as lives go on.
+
+    store = ClusterStore.build(histories, vectors, until=monday, work="clusters.work")   # goes on if killed
+    store.save("clusters"); store = ClusterStore.load("clusters", histories, vectors)
+    store.before(users, time=t)           leaves up to `until`, then behaviours in [until, t), each of size 1
+    store, report = store.update(longer_histories, vectors, until=tuesday)
+
+A leaf is a *virtual item* (TWIN V2): the dense id and the categorical features of the member nearest the
+centroid, the mean of the numerical features and of the time, and `size`, how many behaviours it stands for.
+A read has the shape of a history with one feature more, `size`, so whatever reads histories reads these.
+
+Nothing is stored that can be computed: centroids come from the members and the vectors, whose version is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numba import njit
+
+from tiglon.data.features import FittedFeatures
+from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.errors import (
+    BundleDamagedError,
+    BundleVersionError,
+    ConfigError,
+    DataError,
+    LeakageError,
+    SchemaError,
+    did_you_mean,
+)
+from tiglon.ranking.clusters import (
+    ClusterConfig,
+    Groups,
+    Leaves,
+    divide,
+    join,
+    mean_times,
+    mean_values,
+    representatives,
+)
+from tiglon.semantic_ids import storage
+from tiglon.types import MISSING, Histories, ItemVectors, Vocabulary, hash_ids
+
+FORMAT = 1
+_BLOCK_EVENTS = 1_000_000
+_SETS_A_USER = 128  # more than groups
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """What made a store, and what must be the same to go on with it."""
+
+    vectors: str  # `vectors_version`
+    until: int  # behaviours strictly before are in leaves
+    groups: Groups
+    config: ClusterConfig
+    categorical: tuple[str, ...]  # features that a virtual item has from one member
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """behaviours: in leaves now, of which `new` came in.   leaves: now, of which `changed` are not as they were.
+    moved: earlier behaviours that are in another leaf than before.
+    """
+
+    behaviours: int
+    new: int
+    leaves: int
+    changed: int
+    moved: int
+
+    def __str__(self) -> str:
+        earlier = max(self.behaviours - self.new, 1)
+        return (
+            f"{self.new:,} new behaviours; {self.changed:,} of {self.leaves:,} leaves changed "
+            f"({self.changed / max(self.leaves, 1):.1%}); {self.moved:,} earlier behaviours moved ({self.moved / earlier:.1%})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterStore:
+    """histories: the raw lives.   virtual: the leaves of the same users, oldest first by mean time, with features
+    `size` and `group`.   member: (M,) int32 places in their user's life, leaf by leaf.   counted: (U,) behaviours
+    of each user before `until`, with those beyond the cap.
+    """
+
+    histories: HistoryStore
+    virtual: HistoryStore
+    member: np.ndarray
+    counted: np.ndarray
+    settings: ClusterSettings
+
+    def __post_init__(self) -> None:
+        if self.virtual.features["size"].sum() != len(self.member) or len(self.counted) != len(self.virtual):
+            raise DataError(
+                f"leaves of {self.virtual.features['size'].sum()} behaviours with {len(self.member)} members"
+            )
+
+    def __len__(self) -> int:
+        """How many users."""
+        return len(self.virtual)
+
+    @property
+    def users(self) -> Vocabulary:
+        return self.virtual.users
+
+    @property
+    def items(self) -> Vocabulary:
+        return self.virtual.items
+
+    @property
+    def leaves(self) -> Leaves:
+        """The leaves as rows of `histories`."""
+        sizes = self.virtual.features["size"]
+        start = np.repeat(self.histories.offsets[:-1], np.diff(self.virtual.offsets))
+        return Leaves(self.member + np.repeat(start, sizes), offsets_of(sizes))
+
+    # -- made ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        histories: HistoryStore,
+        vectors: ItemVectors,
+        *,
+        until: int | None = None,
+        groups: Groups | None = None,
+        config: ClusterConfig | None = None,
+        categorical: Sequence[str] = (),
+        threads: int = 1,
+        work: str | Path | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> ClusterStore:
+        """Cluster every life up to `until` (None: all of it). The result is the same for any `threads`.
+
+        vectors: the ranker's, (N, D) or (N + 1, D) with the unknown item last; without that row it is zero.
+        categorical: features that are names, whatever their type; all others are averaged.
+        work: a folder of finished blocks of users, from which a killed job goes on; delete it afterwards.
+        report: is told the share that is done.
+        Raises DataError, SchemaError for an unknown column, ConfigError for the work of another job.
+        """
+        groups, config = groups or Groups(), config or ClusterConfig()
+        _require_columns(histories, groups, categorical)
+        table = _table(vectors, histories.items)
+        if until is None:
+            until = int(histories.time.max()) + 1 if len(histories.time) else 0
+        version = vectors_version(vectors, histories.items)
+        settings = ClusterSettings(version, int(until), groups, config, tuple(categorical))
+        start, stop = _lives(histories, settings.until)
+        blocks, done = [], 0
+        for users in _blocks(stop - start):
+            path = Path(work) / f"{users.start}.safetensors" if work is not None else None
+            job = _plain(settings) | {"events": len(histories.item), "stop": int(users.stop)}
+            leaves = _finished(path, job)
+            if leaves is None:
+                leaves = _divided(histories, users, start[users], stop[users], table, settings, threads)
+                if path is not None:
+                    _finish(path, leaves, job)
+            blocks.append(leaves)
+            done += int((stop - start)[users].sum())
+            if report is not None:
+                report(done / max(int((stop - start).sum()), 1))
+        return cls._of(histories, vectors, _end_to_end(blocks), stop - start, settings)
+
+    @classmethod
+    def _of(
+        cls,
+        histories: HistoryStore,
+        vectors: ItemVectors,
+        leaves: Leaves,
+        counted: np.ndarray,
+        settings: ClusterSettings,
+    ) -> ClusterStore:
+        """Each leaf becomes a virtual item; they come by user and mean time, of equals by the oldest member."""
+        table = _table(vectors, histories.items)
+        owner = np.searchsorted(histories.offsets, leaves.first, side="right") - 1
+        time = mean_times(histories.time[leaves.member], leaves.offsets)
+        order = np.lexsort((leaves.first, time, owner))
+        leaves, owner, time = leaves.take(order), owner[order], time[order]
+        item = histories.item[leaves.member]
+        stands = leaves.member[representatives(_rows(item, table), leaves.offsets, table)]
+        features = {
+            name: column[stands]
+            if name in settings.categorical
+            else mean_values(column[leaves.member], leaves.offsets).astype(np.float32)
+            for name, column in histories.features.items()
+        }
+        features["size"] = leaves.sizes.astype(np.int32)
+        features["group"] = _groups_of(histories, leaves.first, settings.groups)
+        offsets = offsets_of(np.bincount(owner, minlength=len(histories)))
+        member = (leaves.member - np.repeat(histories.offsets[owner], leaves.sizes)).astype(np.int32)
+        virtual = HistoryStore(
+            histories.users, histories.items, offsets, histories.item[stands].astype(np.int32), time, features
+        )
+        version = vectors_version(vectors, histories.items, virtual.item)
+        return cls(histories, virtual, member, counted, replace(settings, vectors=version))
+
+    # -- read ------------------------------------------------------------------------------------------------
+
+    def before(
+        self,
+        users: np.ndarray | Sequence[int],
+        time: np.ndarray | Sequence[int] | int | None = None,
+        last: int | None = None,
+    ) -> Histories:
+        """What each of B users did strictly before `time`: leaves, then the behaviours that are in none.
+
+        The arguments are those of `HistoryStore.before`; `last` counts entries. The features are those of the
+        histories and `size`. Raises LeakageError where a time lies before `until`: a leaf knows no less.
+        """
+        start, stop = self._raw(users, time)
+        if last is not None and last < 1:
+            raise ConfigError(
+                f"last={last}", rule="A history holds at least one entry", fix="Pass None for all"
+            )
+        leaves = self.virtual.before(users)
+        found = _appended(leaves, self.histories, start, stop)
+        return found if last is None else found.last(last)
+
+    def lengths(
+        self,
+        users: np.ndarray | Sequence[int],
+        time: np.ndarray | Sequence[int] | int | None = None,
+        last: int | None = None,
+    ) -> np.ndarray:
+        """(B,) entries that `before` reads; the same arguments and errors."""
+        start, stop = self._raw(users, time)
+        user = np.asarray(users, dtype=np.int64)
+        leaves = np.where(user == MISSING, 0, self.virtual.offsets[user + 1] - self.virtual.offsets[user])
+        entries = leaves + stop - start
+        return entries if last is None else np.minimum(entries, last)
+
+    def _raw(
+        self, users: np.ndarray | Sequence[int], time: np.ndarray | Sequence[int] | int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(B,), (B,): the rows of behaviours from `until` on and before `time`."""
+        if time is not None and np.size(time) and np.min(time) < self.settings.until:
+            raise LeakageError(
+                f"a request at {np.min(time)} of lives that are clustered up to {self.settings.until}",
+                rule="A leaf holds behaviours up to that moment and cannot be read before it",
+                fix="Cluster with `until` at or before the first request",
+            )
+        begin = self.histories.offsets[np.asarray(users, dtype=np.int64)]
+        lengths = self.histories.lengths
+        return begin + lengths(users, self.settings.until), begin + lengths(users, time)
+
+    # -- kept up ---------------------------------------------------------------------------------------------
+
+    def update(
+        self, histories: HistoryStore, vectors: ItemVectors, until: int | None = None, threads: int = 1
+    ) -> tuple[ClusterStore, UpdateReport]:
+        """The store up to a later `until`, without clustering everything again; see `clusters.join`.
+
+        histories: the same lives, longer, perhaps with new users and items.   vectors: the same for the old items.
+        The cap holds when lives are clustered; later behaviours come on top of it. Raises DataError, ConfigError.
+        """
+        old = self.onto(histories)
+        old.require(vectors)
+        table = _table(vectors, histories.items)
+        if until is None:
+            until = max(int(histories.time.max()) + 1, self.settings.until)
+        if until < self.settings.until:
+            raise ConfigError(
+                f"an update up to {until} of clusters up to {self.settings.until}",
+                rule="An update goes forward in time",
+                fix="Build anew to go back",
+            )
+        settings = replace(self.settings, until=int(until))
+        begin, stop = _lives(histories, until)
+        known = begin + old.counted
+        leaves, first_leaf = old.leaves, old.virtual.offsets
+        label = np.full(len(histories.item), -1)
+        label[leaves.member] = np.repeat(np.arange(len(leaves)), leaves.sizes)
+        before, next_leaf = label.copy(), len(leaves)
+
+        def joined(user: int) -> tuple[slice, np.ndarray]:
+            """The life's rows from its first member on, and their leaves counted from the user's first."""
+            a, b = first_leaf[user : user + 2]
+            rows = slice(int(leaves.first[a:b].min()), int(stop[user]))
+            local = np.where(label[rows] < 0, -1, label[rows] - a)
+            group = _groups_of(histories, np.arange(rows.start, rows.stop), settings.groups)
+            c = settings.config
+            join(
+                _rows(histories.item[rows], table),
+                group,
+                local,
+                table,
+                c.largest,
+                c.power,
+                c.iterations,
+                c.sample,
+                c.reach,
+            )
+            return rows, local
+
+        grown = stop > known
+        clustered = np.diff(first_leaf) > 0
+        with ThreadPoolExecutor(threads) as pool:
+            for user, (rows, local) in zip(
+                np.flatnonzero(grown & clustered),
+                pool.map(joined, np.flatnonzero(grown & clustered)),
+                strict=True,
+            ):
+                count = first_leaf[user + 1] - first_leaf[user]
+                label[rows] = np.where(local < count, local + first_leaf[user], local - count + next_leaf)
+                next_leaf += max(int(local.max()) + 1 - count, 0)
+        begun = grown & ~clustered
+        start = np.where(begun, begin, stop)  # no rows of anybody else
+        fresh = _divided(
+            histories, slice(0, len(histories)), start, np.where(begun, stop, start), table, settings, threads
+        )
+        label[fresh.member] = next_leaf + np.repeat(np.arange(len(fresh)), fresh.sizes)
+        store = self._of(histories, vectors, _by_label(label), stop - begin, settings)
+        return store, _compared(before, label, len(store.virtual.item))
+
+    def onto(self, histories: HistoryStore) -> ClusterStore:
+        """The same leaves over a log that went on: users and items may be more and have other dense ids.
+
+        Raises DataError where the past itself changed.
+        """
+        place, item = histories.users.encode(self.users.raw), histories.items.encode(self.items.raw)
+        counted = np.zeros(len(histories), np.int64)
+        counted[place[place >= 0]] = self.counted[place >= 0]
+        start, stop = _lives(histories, self.settings.until)
+        changed = int((counted != stop - start).sum()) + int((place < 0).sum())
+        if changed or (item < 0).any():
+            raise DataError(
+                f"{changed} users whose behaviours before {self.settings.until} are not those that were clustered, "
+                f"{int((item < 0).sum())} items that are gone",
+                rule="A log may grow only from that moment on",
+                fix="Cluster anew",
+            )
+        if self.users == histories.users and self.items == histories.items:
+            return ClusterStore(histories, self.virtual, self.member, self.counted, self.settings)
+        v = self.virtual
+        owner = np.repeat(place, np.diff(v.offsets))
+        order = np.argsort(owner, kind="stable")
+        member = Leaves(self.member, offsets_of(v.features["size"])).take(order).member
+        virtual = HistoryStore(
+            histories.users,
+            histories.items,
+            offsets_of(np.bincount(owner, minlength=len(histories))),
+            np.where(v.item[order] < 0, -1, item[v.item[order]]).astype(np.int32),
+            v.time[order],
+            {name: column[order] for name, column in v.features.items()},
+        )
+        return ClusterStore(histories, virtual, member, counted, self.settings)
+
+    def require(
+        self,
+        vectors: ItemVectors | None = None,
+        groups: Groups | None = None,
+        config: ClusterConfig | None = None,
+    ) -> None:
+        """Raise ConfigError where the leaves were made with others than these; None is not compared."""
+        made = self.settings
+        given: dict[str, tuple[Any, Any]] = {
+            "groups": (groups, made.groups),
+            "settings": (config, made.config),
+        }
+        if vectors is not None:
+            given["vectors"] = (vectors_version(vectors, self.items, self.virtual.item), made.vectors)
+        for name, (value, known) in given.items():
+            if value is not None and value != known:
+                raise ConfigError(
+                    f"clusters made with other {name}: {known}, not {value}",
+                    rule="Leaves are read and continued with the vectors, groups and settings that made them",
+                    fix="Cluster anew",
+                )
+
+    def coded(self, features: FittedFeatures) -> ClusterStore:
+        """The same lives with the codes of cross features, as ranking tasks read them: averages are taken of
+        numbers first and coded then. The histories must hold the numbers. Raises SchemaError."""
+
+        def codes(store: HistoryStore) -> dict[str, np.ndarray]:
+            return features.line_codes(pl.DataFrame(store.features))
+
+        own = {name: self.virtual.features[name] for name in RESERVED}
+        return replace(
+            self,
+            histories=replace(self.histories, features=codes(self.histories)),
+            virtual=replace(self.virtual, features=codes(self.virtual) | own),
+        )
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder, all of it or nothing; the raw histories are not in it. Raises StorageError."""
+        about = {"format": FORMAT, "settings": _plain(self.settings), "features": list(self.virtual.features)}
+        with written_aside(Path(directory)) as aside:
+            self.virtual.save(aside / "virtual")
+            np.save(aside / "member.npy", self.member)
+            np.save(aside / "counted.npy", self.counted)
+            (aside / "clusters.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        histories: HistoryStore,
+        vectors: ItemVectors | None = None,
+        groups: Groups | None = None,
+        config: ClusterConfig | None = None,
+    ) -> ClusterStore:
+        """Map the folder into memory beside its histories, which may have grown since (`onto`).
+
+        vectors, groups, config: what is in use now, compared with what made the leaves where given.
+        Raises BundleDamagedError, BundleVersionError, ConfigError, DataError.
+        """
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "clusters.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"clusters of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            virtual = HistoryStore.load(directory / "virtual")
+            member = np.load(directory / "member.npy", mmap_mode="r" if len(virtual.item) else None)
+            counted = np.load(directory / "counted.npy")
+            store = cls(histories, virtual, np.asarray(member), counted, _settings(about["settings"]))
+        except (OSError, ValueError, KeyError, TypeError, BundleDamagedError) as error:
+            raise BundleDamagedError(
+                f"clusters in {directory} cannot be read: {error}",
+                rule="A cluster store has clusters.json, virtual, member and counted",
+                fix="Cluster anew",
+            ) from error
+        store.require(vectors, groups, config)
+        return store.onto(histories)
+
+
+RESERVED = ("size", "group")  # features of leaves
+
+
+def vectors_version(vectors: ItemVectors, items: Vocabulary, which: np.ndarray | None = None) -> str:
+    """Names the vectors of the dense items `which` (None: all), whatever other items there are, in any order."""
+    rows = np.arange(len(items)) if which is None else np.unique(which[which >= 0])
+    if len(vectors) <= rows.max(initial=-1):
+        raise _other_catalogue(vectors, items)
+    names = hash_ids(items)[rows]
+    bits = np.ascontiguousarray(vectors.values[rows]).view(np.uint32)
+    return f"{vectors.encoder} {int(_row_hashes(bits, names).sum(dtype=np.uint64)):016x}"
+
+
+@njit(cache=True)
+def _row_hashes(bits: np.ndarray, seed: np.ndarray) -> np.ndarray:
+    """(n,) uint64 of rows (n, D) uint32."""
+    hashes = np.empty(len(bits), np.uint64)
+    for i in range(len(bits)):
+        h = seed[i]
+        for d in range(bits.shape[1]):
+            h = (h ^ np.uint64(bits[i, d])) * np.uint64(0x9E3779B97F4A7C15)
+            h ^= h >> np.uint64(29)
+        hashes[i] = h
+    return hashes
+
+
+def _table(vectors: ItemVectors, items: Vocabulary) -> np.ndarray:
+    """(N + 1, D), the unknown item last."""
+    if len(vectors) == len(items) + 1:
+        return np.ascontiguousarray(vectors.values)
+    if len(vectors) != len(items):
+        raise _other_catalogue(vectors, items)
+    return np.concatenate([vectors.values, np.zeros((1, vectors.values.shape[1]), np.float32)])
+
+
+def _other_catalogue(vectors: ItemVectors, items: Vocabulary) -> DataError:
+    return DataError(
+        f"{len(vectors)} vectors for a catalogue of {len(items)} items",
+        rule="There is one vector an item, and perhaps one more for the unknown",
+        fix="Take the vectors and the histories from the same catalogue version",
+    )
+
+
+def _require_columns(histories: HistoryStore, groups: Groups, categorical: Sequence[str]) -> None:
+    for name in [*categorical, *([groups.column] if groups.column is not None else [])]:
+        if name not in histories.features:
+            raise SchemaError(
+                f"no feature '{name}' in the histories",
+                rule="Groups and categories are features of the histories",
+                fix=did_you_mean(name, histories.features) if histories.features else "Build them with it",
+            )
+    for name in RESERVED:
+        if name in histories.features:
+            raise SchemaError(f"a feature '{name}' in the histories", rule="Leaves have one of that name")
+
+
+def _lives(histories: HistoryStore, until: int) -> tuple[np.ndarray, np.ndarray]:
+    """(U,), (U,): the rows of every user's behaviours before `until`."""
+    start = histories.offsets[:-1]
+    return start, start + histories.lengths(np.arange(len(histories)), until)
+
+
+def _groups_of(histories: HistoryStore, rows: np.ndarray, groups: Groups) -> np.ndarray:
+    """(n,) int8"""
+    if groups.column is None:
+        return np.zeros(len(rows), np.int8)
+    return groups.of(histories.features[groups.column][rows])
+
+
+def _rows(item: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Dense items as rows of the table."""
+    return np.where(item < 0, len(table) - 1, item).astype(np.int64)
+
+
+# -- blocks of users ---------------------------------------------------------------------------------------------
+
+
+def _blocks(lengths: np.ndarray) -> list[slice]:
+    """Neighbouring users with about _BLOCK_EVENTS behaviours together, or one user with more."""
+    ends = np.cumsum(lengths)
+    cuts = np.flatnonzero(np.diff((ends - lengths) // _BLOCK_EVENTS)) + 1
+    edges = [0, *cuts.tolist(), len(lengths)] if len(lengths) else []
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _divided(
+    histories: HistoryStore,
+    users: slice,
+    start: np.ndarray,
+    stop: np.ndarray,
+    table: np.ndarray,
+    settings: ClusterSettings,
+    threads: int,
+) -> Leaves:
+    """The leaves of the rows start:stop of each of these users, at most `cap` of the newest."""
+    if settings.config.cap is not None:
+        start = np.maximum(start, stop - settings.config.cap)
+    lengths = stop - start
+    offsets = offsets_of(lengths)
+    rows = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+    owner = np.repeat(np.arange(users.start, users.stop), lengths)
+    key = owner * _SETS_A_USER + _groups_of(histories, rows, settings.groups)
+    return divide(rows, _rows(histories.item[rows], table), key, table, settings.config, threads)
+
+
+def _end_to_end(parts: Sequence[Leaves]) -> Leaves:
+    if not parts:
+        return Leaves(np.empty(0, np.int64), np.zeros(1, np.int64))
+    return Leaves(
+        np.concatenate([part.member for part in parts]),
+        offsets_of(np.concatenate([part.sizes for part in parts])),
+    )
+
+
+def _finish(path: Path, leaves: Leaves, job: dict[str, Any]) -> None:
+    """Keep a block; a file by this name is always whole."""
+    aside = path.with_suffix(".part")
+    storage.write(aside, {"member": leaves.member, "offsets": leaves.offsets}, job)
+    os.replace(aside, path)
+
+
+def _finished(path: Path | None, job: dict[str, Any]) -> Leaves | None:
+    """The block as an earlier call left it, or None."""
+    if path is None or not path.exists():
+        return None
+    arrays, made = storage.read(path)
+    if made != job:
+        changed = sorted(key for key in job.keys() | made.keys() if job.get(key) != made.get(key))
+        raise ConfigError(
+            f"{path.parent} is the work of another job ({', '.join(changed)} differ)",
+            rule="A job goes on with the histories, vectors and settings it began with",
+            fix="Delete the folder to start anew",
+        )
+    return Leaves(arrays["member"], arrays["offsets"])
+
+
+# -- reads and updates -------------------------------------------------------------------------------------------
+
+
+def _appended(leaves: Histories, raw: HistoryStore, start: np.ndarray, stop: np.ndarray) -> Histories:
+    """Each user's leaves, then the rows start:stop as entries of size 1."""
+    lengths = stop - start
+    offsets = leaves.offsets + offsets_of(lengths)
+    at = np.arange(lengths.sum()) + np.repeat(start - offsets_of(lengths)[:-1], lengths)
+    is_raw = np.zeros(offsets[-1], bool)
+    begin = offsets[1:] - lengths
+    is_raw[np.arange(len(at)) + np.repeat(begin - offsets_of(lengths)[:-1], lengths)] = True
+
+    def both(older: np.ndarray, newer: np.ndarray) -> np.ndarray:
+        whole = np.empty(len(is_raw), np.result_type(older, newer))
+        whole[~is_raw], whole[is_raw] = older, newer
+        return whole
+
+    features = {name: both(leaves.features[name], column[at]) for name, column in raw.features.items()}
+    features["size"] = both(leaves.features["size"], np.ones(len(at), np.int32))
+    item = both(leaves.item, raw.item[at].astype(np.int64))
+    return Histories(offsets, item, both(leaves.time, raw.time[at]), features, leaves.user)
+
+
+def _by_label(label: np.ndarray) -> Leaves:
+    """The leaves of labels (E,), those of −1 left out."""
+    rows = np.flatnonzero(label >= 0)
+    order = np.argsort(label[rows], kind="stable")
+    sorted_label = label[rows][order]
+    opens = np.flatnonzero(np.diff(sorted_label, prepend=-1))
+    return Leaves(rows[order], np.append(opens, len(rows)))
+
+
+def _compared(before: np.ndarray, after: np.ndarray, leaves: int) -> UpdateReport:
+    """before, after: (E,) labels of the same leaves, −1 for none; a leaf that was divided again keeps its label
+    for one of its parts."""
+    new = (before < 0) & (after >= 0)
+    moved = (before >= 0) & (before != after)
+    changed = np.unique(np.concatenate([after[new], after[moved], before[moved]]))
+    return UpdateReport(int((after >= 0).sum()), int(new.sum()), leaves, len(changed), int(moved.sum()))
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+
+def _plain(settings: ClusterSettings) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _settings(about: dict[str, Any]) -> ClusterSettings:
+    groups = about["groups"] | {"boundaries": tuple(about["groups"]["boundaries"])}
+    return ClusterSettings(
+        about["vectors"],
+        about["until"],
+        Groups(**groups),
+        ClusterConfig(**about["config"]),
+        tuple(about["categorical"]),
+    )
