@@ -34,7 +34,7 @@ def top_k(score_BKL: Tensor, mask_BL: Tensor, k: int) -> Tensor:
     Behaviours with mask False or score −inf are never found. NaN counts as −inf. No gradient.
     """
     score = score_BKL.detach().masked_fill(~mask_BL[:, None], -torch.inf).float().contiguous()
-    rows = score.reshape(-1, score.shape[-1]).numpy()
+    rows = score.flatten(0, 1).numpy()
     return torch.from_numpy(_top_k(rows, min(k, rows.shape[1]))).unflatten(0, score.shape[:2])
 
 
