@@ -194,13 +194,12 @@ def _fit_column(feature: Feature, column: pl.Series, lines: np.ndarray) -> Bucke
 
 
 def _quantiles(value: np.ndarray, weight: np.ndarray, buckets: int) -> np.ndarray:
-    """The distinct values at weights 1/buckets, 2/buckets … of the whole."""
-    if not len(value):
-        return np.empty(0)
-    order = np.argsort(value, kind="stable")
-    total = np.cumsum(weight[order])
-    at = np.searchsorted(total, total[-1] * np.arange(1, buckets) / buckets, side="right")
-    return np.unique(value[order][np.minimum(at, len(value) - 1)])
+    """The values below which 1/buckets, 2/buckets … of the weight lie or, where a value is frequent, more."""
+    distinct, of = np.unique(value, return_inverse=True)
+    each = np.bincount(of, weight)
+    below = np.cumsum(each) - each
+    at = np.searchsorted(below, each.sum() * np.arange(1, buckets) / buckets)
+    return distinct[np.unique(at[at < len(distinct)])]
 
 
 def _fit_gap(log: Interactions, buckets: int) -> Buckets:

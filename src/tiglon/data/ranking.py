@@ -464,8 +464,8 @@ def complete_journey_task(
     are drawn and the requests of training come from the others' lines before the validation. A request's
     history is all of its household's lines before it, from the log's first day on. A household's first
     `first` baskets are no requests. Lines of one basket share a time and are stored in random order (the
-    source sorts them by product). With negatives drawn by plain popularity (power 1), as likely as positives to be
-    popular, an item's popularity tells little and the household's own past nearly everything. hour and weekday are those of the basket, 0 … 23 and Monday = 1.
+    source sorts them by product). Negatives are drawn by plain popularity (`power` 1), so that popularity
+    alone tells little. hour and weekday are those of the basket, 0 … 23 and Monday = 1.
     """
     source = source or complete_journey()
     lines = source.interactions.sample(fraction=1.0, shuffle=True, seed=seed)
