@@ -347,6 +347,37 @@ def test_nothing_to_learn_from_is_told():
         train(network(), lambda epoch: [], squared, None, CONFIG)
 
 
+def test_running_statistics_are_resumed_and_kept_with_the_best_weights(tmp_path):
+    """Batch normalisation: its buffers move at every step, and belong to the weights that were validated."""
+
+    def run_with_statistics(directory, steps):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+        left, scores, seen = iter(range(steps)), iter([3.0, 2.0, 1.0, 0.0]), []
+
+        def limited(model, batch):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return squared(model, batch)
+
+        def validate():
+            seen.append(model[0].running_mean.clone())
+            return next(scores)
+
+        try:
+            train(model, epoch_batches, limited, validate, CONFIG, directory)
+        except KeyboardInterrupt:
+            return None
+        return model.state_dict(), seen
+
+    whole, seen = run_with_statistics(tmp_path / "whole", 1000)
+    assert torch.equal(whole["0.running_mean"], seen[0])
+    assert not torch.equal(seen[0], seen[1])
+    assert run_with_statistics(tmp_path / "killed", 4) is None
+    resumed, _ = run_with_statistics(tmp_path / "killed", 1000)
+    assert equal(resumed, whole)
+
+
 if __name__ == "__main__":
     killed_again_and_again(Path(sys.argv[1]))
 

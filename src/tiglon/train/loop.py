@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,6 +154,8 @@ class _Run:
         self.settings = json.loads(json.dumps({**asdict(config), **about}))
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kept = model.state_dict().keys()
+        self.buffers = {name: b for name, b in model.named_buffers() if name in kept}  # running statistics
         matrices = [p for name, p in self.named.items() if p.ndim > 1 and "bias" not in name]
         others = [p for name, p in self.named.items() if p.ndim <= 1 or "bias" in name]
         groups = [
@@ -163,6 +165,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.named.items()} if config.average else {}
         self.best: dict[str, Tensor] = {}
+        self.best_buffers: dict[str, Tensor] = {}
         self.best_score: float | None = None
         self.epoch = self.epoch_start = self.step = 0
         self.loss: float | None = None  # running mean
@@ -203,6 +206,7 @@ class _Run:
         if score is None or self.best_score is None or score > self.best_score:
             self.best_score = score
             self.best = {name: value.clone() for name, value in kept.items()}
+            self.best_buffers = {name: value.clone() for name, value in self.buffers.items()}
         self.history.append(
             {
                 "step": self.step,
@@ -215,18 +219,23 @@ class _Run:
 
     def finish(self) -> None:
         self._put(self.best)
+        _copy(self.best_buffers, self.buffers)
         self.model.eval()
 
     def _put(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in self.named.items():
-                p.copy_(values[name])
+        _copy(values, self.named)
 
     # -- checkpoint ----------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"generator": torch.get_rng_state()}
-        for prefix, group in (("now", self.named), ("average", self.average), ("best", self.best)):
+        for prefix, group in (
+            ("now", self.named),
+            ("average", self.average),
+            ("best", self.best),
+            ("buffer", self.buffers),
+            ("best_buffer", self.best_buffers),
+        ):
             tensors |= {f"{prefix}/{name}": value.detach() for name, value in group.items()}
         for name, p in self.named.items():
             tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[p].items()}
@@ -244,7 +253,9 @@ class _Run:
             )
         for name in self.PLAIN:
             setattr(self, name, head[name])
-        groups: dict[str, dict[str, Tensor]] = {"now": {}, "average": {}, "best": {}}
+        groups: dict[str, dict[str, Tensor]] = {
+            prefix: {} for prefix in ("now", "average", "best", "buffer", "best_buffer")
+        }
         for key, value in tensors.items():
             prefix, _, name = key.partition("/")
             if prefix in groups:
@@ -254,11 +265,19 @@ class _Run:
             raise ConfigError("a checkpoint of another network", fix="Delete the checkpoint to start anew")
         if self.average:  # in the order of `named`, which a file does not keep
             self.average = {name: groups["average"][name] for name in self.named}
-        self.best = groups["best"]
+        self.best, self.best_buffers = groups["best"], groups["best_buffer"]
         self._put(groups["now"])
+        _copy(groups["buffer"], self.buffers)
         for key, value in tensors.items():
             prefix, _, name = key.partition("/")
             if prefix == "adam":
                 state, _, name = name.partition("/")
                 self.optimizer.state[self.named[name]][state] = value
         torch.set_rng_state(tensors["generator"])
+
+
+def _copy(values: dict[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """In place; `into` may hold more."""
+    with torch.no_grad():
+        for name, value in values.items():
+            into[name].copy_(value)
