@@ -1,0 +1,195 @@
+"""DIN: intensity without a softmax, Dice by its definition, an L2 that touches only what the batch used."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiglon.errors import ConfigError, DataError
+from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.din import DIN, ActivationUnit, Dice, code_counts, mini_batch_aware_l2
+from tiglon.types import Behaviours
+
+torch.set_num_threads(1)
+N, J = 12, 2
+
+
+def embedding() -> FeatureEmbedding:
+    codes = np.stack([np.append(np.arange(1, N + 1), 0), np.append(1 + np.arange(N) % 3, 0)], axis=1)
+    return FeatureEmbedding(codes, (N + 1, 4), (6, 4), (5,) * J, std=0.5, cross_width=3)
+
+
+def past(B: int, L: int, seed: int = 0) -> Behaviours:
+    g = torch.Generator().manual_seed(seed)
+    return Behaviours(
+        torch.randint(N, (B, L), generator=g),
+        torch.randint(5, (B, L, J), generator=g),
+        torch.rand(B, L, generator=g) * 100 + 1,
+        torch.ones(B, L, dtype=torch.bool),
+    )
+
+
+def rows(behaviours: Behaviours, index: list[int]) -> Behaviours:
+    return behaviours.take(torch.tensor([index] * len(behaviours.item), dtype=torch.long))
+
+
+def seasoned_din(embed: FeatureEmbedding, **settings) -> DIN:
+    """Its statistics have seen data, its α is not zero; in eval mode."""
+    torch.manual_seed(1)
+    unit = DIN(embed, **settings)
+    for dice in unit.activation.dice:
+        torch.nn.init.normal_(dice.alpha)
+    for seed in range(3):
+        unit(embed, torch.arange(6).view(2, 3), past(2, 7, seed))
+    return unit.eval()
+
+
+ITEM = torch.tensor([[0, 5, 7], [3, 3, 11]])
+
+
+def test_the_first_layer_is_that_of_the_concatenation():
+    torch.manual_seed(0)
+    unit = ActivationUnit(10, 6, (8, 4))
+    e, v = torch.randn(2, 5, 10), torch.randn(2, 3, 6)
+    e_BLKE, v_BLKH = e[:, :, None].expand(-1, -1, 3, -1), v[:, None].expand(-1, 5, -1, -1)
+    h = e_BLKE[..., :6]
+    expected = unit.first(torch.cat([e_BLKE, v_BLKH, h - v_BLKH, h * v_BLKH], dim=-1))
+    torch.testing.assert_close(unit.first_layer(e, v), expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 5), st.integers(0, 1000))
+def test_a_behaviour_twice_counts_twice(j, seed):
+    embed = embedding()
+    unit, behaviours = seasoned_din(embed), past(2, 6, seed)
+    others = [i for i in range(6) if i != j]
+
+    def read(index: list[int]) -> torch.Tensor:
+        return unit(embed, ITEM, rows(behaviours, index)).vector
+
+    contribution = read([*others, j]) - read(others)
+    torch.testing.assert_close(read([*others, j, j]) - read(others), 2 * contribution, rtol=1e-3, atol=1e-5)
+    assert contribution.abs().max() > 1e-4
+
+
+def test_the_order_of_behaviours_is_nothing():
+    embed = embedding()
+    unit, behaviours = seasoned_din(embed), past(2, 6)
+    expected = unit(embed, ITEM, behaviours).vector
+    torch.testing.assert_close(unit(embed, ITEM, rows(behaviours, [3, 1, 5, 0, 4, 2])).vector, expected)
+
+
+def test_the_candidate_decides_what_counts():
+    embed = embedding()
+    found = seasoned_din(embed)(embed, ITEM, past(2, 6)).vector
+    assert (found[0, 0] - found[0, 1]).abs().max() > 1e-3
+    torch.testing.assert_close(found[1, 0], found[1, 1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_changes_neither_the_result_nor_the_statistics(training):
+    embed = embedding()
+    behaviours = past(2, 4)
+    padded = rows(past(2, 9, seed=5), list(range(9)))
+    padded.item[:, :4], padded.cross[:, :4], padded.gap[:, :4] = behaviours[:3]
+    padded.mask[:, 4:] = False
+    found = []
+    for given_past in (behaviours, padded):
+        unit = seasoned_din(embed).train(training)
+        found.append((unit(embed, ITEM, given_past).vector, unit.activation.dice[0].mean))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_entry_of_size_three_counts_three_times():
+    embed = embedding()
+    unit, behaviours = seasoned_din(embed), past(2, 3)
+    sized = behaviours._replace(size=torch.tensor([[1.0, 3.0, 1.0]] * 2))
+    expected = unit(embed, ITEM, rows(behaviours, [0, 1, 1, 1, 2])).vector
+    torch.testing.assert_close(unit(embed, ITEM, sized).vector, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_past_is_zero(training):
+    embed = embedding()
+    unit, empty = seasoned_din(embed).train(training), past(2, 3)
+    empty.mask[:] = False
+    assert (unit(embed, ITEM, empty).vector == 0).all()
+    assert (unit(embed, ITEM, rows(empty, [])).vector == 0).all()
+
+
+def test_identical_behaviours_have_finite_gradients():
+    """Variance 0: Dice divides by √ε."""
+    embed = embedding()
+    unit, behaviours = seasoned_din(embed).train(), past(1, 5)
+    unit(embed, ITEM[:1, :1], rows(behaviours, [2] * 5)).vector.sum().backward()
+    assert all(p.grad.isfinite().all() for p in [*unit.parameters(), *embed.items.parameters()])
+
+
+def test_dice_by_its_definition():
+    torch.manual_seed(0)
+    dice, s = Dice(3), torch.randn(4, 5, 3) * 2 + 1
+    torch.nn.init.normal_(dice.alpha)
+    real = torch.rand(4, 5) < 0.7
+    kept = s[real]
+    mean, variance = kept.mean(dim=0), kept.var(dim=0, correction=0)
+    p = torch.sigmoid((s - mean) / torch.sqrt(variance + 1e-8))
+    torch.testing.assert_close(dice(s, real), p * s + (1 - p) * dice.alpha * s)
+    torch.testing.assert_close(dice.mean, 0.1 * mean)
+    torch.testing.assert_close(dice.variance, 0.9 + 0.1 * variance)
+
+    dice.eval()
+    p = torch.sigmoid((s - dice.mean) / torch.sqrt(dice.variance + 1e-8))
+    expected = p * s + (1 - p) * dice.alpha * s
+    torch.testing.assert_close(dice(s, real), expected)
+    torch.testing.assert_close(dice(s[:1], real[:1]), expected[:1])
+
+
+def test_dice_without_a_real_row_keeps_its_statistics():
+    dice = Dice(3)
+    assert dice(torch.randn(4, 3), torch.zeros(4, dtype=torch.bool)).isfinite().all()
+    assert (dice.mean == 0).all()
+    assert (dice.variance == 1).all()
+
+
+# -- mini-batch-aware L2 ---------------------------------------------------------------------------
+
+
+def test_l2_of_rows_in_the_batch_alone_each_by_its_count():
+    embed = embedding()
+    item_count = torch.arange(N + 1)
+    counts = code_counts(embed, item_count)
+    mini_batch_aware_l2(embed, torch.tensor([4, 4, 7]), counts).backward()
+    of_item, of_kind = (table.weight.grad for table in embed.items)
+    kinds = {k: sum(i for i in range(N) if 1 + i % 3 == k) for k in (1, 2, 3)}
+    for code in range(N + 1):
+        expected = 2 * embed.items[0].weight[code] / max(code - 1, 1) if code in (5, 8) else torch.zeros(6)
+        torch.testing.assert_close(of_item[code], expected, rtol=1e-5, atol=0)
+    for code in range(4):
+        expected = 2 * embed.items[1].weight[code] / kinds[2] if code == 2 else torch.zeros(4)
+        torch.testing.assert_close(of_kind[code], expected, rtol=1e-5, atol=0)
+
+
+def test_the_unit_returns_its_l2_in_training_when_asked():
+    embed = embedding()
+    behaviours = past(2, 4)
+    behaviours.mask[:, 2:] = False
+    item_count = torch.ones(N + 1)
+    unit = DIN(embed, l2=0.01, item_count=item_count)
+    used = torch.cat([ITEM.flatten(), behaviours.item[:, :2].flatten()])
+    expected = 0.01 * mini_batch_aware_l2(embed, used, code_counts(embed, item_count))
+    torch.testing.assert_close(unit(embed, ITEM, behaviours).loss, expected)
+    assert unit.eval()(embed, ITEM, behaviours).loss is None
+    assert DIN(embed)(embed, ITEM, behaviours).loss is None
+
+
+def test_bad_settings_are_named():
+    embed = embedding()
+    with pytest.raises(ConfigError, match=r"l2=0\.01 without item_count.*divides by how often a row occurs"):
+        DIN(embed, l2=0.01)
+    with pytest.raises(ConfigError, match=r"l2=-1.*0 or above"):
+        DIN(embed, l2=-1)
+    with pytest.raises(ConfigError, match=r"hidden=\(\).*at least one hidden layer"):
+        DIN(embed, hidden=())
+    with pytest.raises(DataError, match=r"item_count of shape \(3,\).*13 items, the unknown one last"):
+        DIN(embed, l2=0.01, item_count=torch.ones(3))
