@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.bst import BST
+from tiglon.ranking.dien import DIEN
+from tiglon.ranking.din import DIN
 from tiglon.ranking.eta import Eta
+from tiglon.ranking.mimn import MIMN
 from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, MostRecent
 from tiglon.ranking.ranker import Interest, InterestUnit, Ranker, RankerConfig
 from tiglon.ranking.sdim import Sdim
@@ -28,6 +32,10 @@ UNITS: dict[str, Callable[[FeatureEmbedding], InterestUnit]] = {
     "full attention": FullAttention,
     "chunk pooling": lambda embed: ChunkPooling(embed, chunk=4),
     "SDIM": Sdim,
+    "DIN": DIN,
+    "DIEN": DIEN,
+    "BST": BST,
+    "MIMN": MIMN,
     **{name: lambda embed, make=make: make(embed, 3) for name, make in SELECTORS.items()},
 }
 

@@ -145,6 +145,17 @@ def test_dice_by_its_definition():
     torch.testing.assert_close(dice(s[:1], real[:1]), expected[:1])
 
 
+def test_statistics_are_never_taken_in_bfloat16():
+    torch.manual_seed(0)
+    s, real = torch.randn(4, 5, 3), torch.ones(4, 5, dtype=torch.bool)
+    plain, low = Dice(3), Dice(3)
+    expected = plain(s, real)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low(s, real), expected)
+    assert torch.equal(low.mean, plain.mean)
+    assert torch.equal(low.variance, plain.variance)
+
+
 def test_dice_without_a_real_row_keeps_its_statistics():
     dice = Dice(3)
     assert dice(torch.randn(4, 3), torch.zeros(4, dtype=torch.bool)).isfinite().all()

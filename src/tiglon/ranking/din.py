@@ -63,11 +63,12 @@ class Dice(nn.Module):
     def _moments(self, s: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (F,) over the real rows, which also move the running ones."""
         weight_R, s_RF = real.expand(s.shape[:-1]).flatten().float(), s.flatten(0, -2)
-        n = weight_R.sum()
+        n = weight_R.count_nonzero()
         if n == 0:
             return self.mean, self.variance
-        mean = weight_R @ s_RF / n
-        variance = weight_R @ (s_RF - mean).square() / n
+        with torch.autocast(s.device.type, enabled=False):
+            mean = weight_R @ s_RF / n
+            variance = weight_R @ (s_RF - mean).square() / n
         with torch.no_grad():
             self.mean.lerp_(mean, self.momentum)
             self.variance.lerp_(variance, self.momentum)
