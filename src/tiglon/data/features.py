@@ -136,10 +136,12 @@ class Buckets:
 
     def codes(self, column: pl.Series) -> np.ndarray:
         """(n,) int32. Raises SchemaError where the column holds no numbers."""
-        value = _floats(column)
-        return np.where(np.isnan(value), 0, 1 + np.searchsorted(self.boundaries, value, side="right")).astype(
-            np.int32
-        )
+        return self.of(_floats(column))
+
+    def of(self, value: np.ndarray) -> np.ndarray:
+        """(n,) int32 of numbers."""
+        code = 1 + np.searchsorted(self.boundaries, value, side="right")
+        return np.where(np.isnan(value), 0, code).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,8 +354,8 @@ class FittedFeatures:
         codes = np.empty((len(past.item), len(wanted)), np.int64)
         for j, feature in enumerate(wanted):
             coder = self.coders[feature.name]
-            if feature.name == GAP:
-                codes[:, j] = coder.codes(pl.Series(GAP, gap))
+            if isinstance(coder, Buckets) and feature.name == GAP:
+                codes[:, j] = coder.of(gap)
                 continue
             codes[:, j] = past.features[feature.name]
             if len(codes) and not 0 <= codes[:, j].min() <= codes[:, j].max() < coder.size:
