@@ -69,3 +69,22 @@ def test_what_items_are_is_saved_with_the_weights(embed):
 def test_a_width_for_every_feature():
     with pytest.raises(ValueError, match="zip"):
         FeatureEmbedding(CODES, (4, 3), (5,))
+
+
+def test_holding_items_changes_neither_values_nor_gradients(embed):
+    past, wanted = torch.tensor([[2, MISSING, 0], [2, 2, 1]]), torch.tensor([[1, 2]])
+
+    def look(held):
+        embed.zero_grad()
+        with embed.holding(*held):
+            (embed.inherent(past).sum(dim=(0, 1)) * embed.inherent(wanted)).square().sum().backward()
+        return [table.weight.grad.clone() for table in embed.items]
+
+    plain = look([past[:0]])  # what is not held is looked up as ever
+    for a, b in zip(plain, look([past, wanted]), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad(), embed.holding(past):
+        embed.items[0].weight.add_(1)
+    first = embed.inherent(past)
+    with embed.holding(past):
+        assert torch.equal(embed.inherent(past), first)  # nothing is kept from one block to the next

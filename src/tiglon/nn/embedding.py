@@ -6,11 +6,13 @@ H width of an item, P width of what is known of user and context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.types import Behaviours
@@ -43,14 +45,38 @@ class FeatureEmbedding(nn.Module):
         self.items = _tables(item_sizes, item_widths, std)
         self.crosses = _tables(cross_sizes, [cross_width] * len(cross_sizes), std)
         self.profiles = _tables(profile_sizes, [profile_width] * len(profile_sizes), std)
+        self._row: Tensor  # (N + 1,) of each item in `_held`, −1 for those that are not
+        self.register_buffer("_row", torch.full((len(item_codes),), -1), persistent=False)
+        self._held: Tensor | None = None
         self.inherent_width = sum(item_widths)  # H
         self.cross_count, self.cross_width = len(cross_sizes), cross_width  # J
         self.profile_width = profile_width * len(profile_sizes)  # P
 
     def inherent(self, item: Tensor) -> Tensor:
         """(…) dense items → (…, H): K_h of behaviours, q of candidates."""
+        if self._held is not None and torch.is_grad_enabled():
+            row = self._row[item]
+            if (row >= 0).all():
+                return F.embedding(row, self._held)
         codes = self.item_codes[item]
         return torch.cat([table(codes[..., f]) for f, table in enumerate(self.items)], dim=-1)
+
+    @contextmanager
+    def holding(self, *items: Tensor) -> Iterator[None]:
+        """Inside, `inherent` reads these items from one look-up; only the cost changes.
+
+        The gradient of a look-up is as large as its table, so that with many items a few look-ups a step cost
+        more than all else.
+        """
+        distinct = torch.unique(torch.cat([item.flatten() for item in items]))
+        held = self.inherent(distinct)
+        self._row[distinct] = torch.arange(len(distinct))
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+            self._row[distinct] = -1
 
     def catalogue(self) -> Tensor:
         """(N + 1, H) of every item, the unknown one last, so that −1 finds it."""

@@ -98,7 +98,8 @@ class Ranker(nn.Module):
 
     def loss(self, batch: RankingBatch) -> Tensor:
         """(n,) binary cross-entropy of the n labels there are, the units' auxiliary losses added to each."""
-        logits, found = self.score(batch)
+        with self.embed.holding(batch.item, batch.past.item):
+            logits, found = self.score(batch)
         known = ~torch.isnan(batch.label)
         losses = F.binary_cross_entropy_with_logits(logits[known], batch.label[known], reduction="none")
         for interest in found:
