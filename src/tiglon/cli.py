@@ -118,17 +118,39 @@ def train(
     interactions: InteractionsPath,
     items: Annotated[Path, typer.Option(help="item_id and any columns of text.")],
     out: Annotated[Path, typer.Option(help="Where the bundle goes.")],
-    recipe: Annotated[str, typer.Option(help="tiger or tiger_paper.")] = "tiger",
+    recipe: Annotated[
+        str, typer.Option(help="A retriever: tiger, tiger_paper. A ranker: twin, din, sim_soft, …")
+    ] = "tiger",
     minutes: Annotated[float | None, typer.Option(help="Stop training, annealed, after so long.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
-    """Two tables to a bundle: IDs, TIGER, baselines, evaluation. Killed, it goes on when given again."""
+    """Two tables to a bundle: IDs, TIGER, baselines, evaluation; or to a ranker, by a ranker's recipe.
+
+    Killed, it goes on when given again.
+    """
     from tiglon import recipes
     from tiglon.terminal import Terminal, metrics_table
 
+    if recipe in recipes.RANKING_RECIPES:
+        from tiglon.evaluation.ranking import table
+
+        ranker, found = recipes.train_ranker(
+            interactions,
+            items,
+            out,
+            recipes.RANKING_RECIPES[recipe],
+            minutes=minutes,
+            changes=_changes(change or []),
+            overwrite=overwrite,
+            reporter=Terminal(),
+        )
+        _stdout().print(table(found, title="Test: the last moment of each user"))
+        _say(f"{out}, version {ranker.version}. Go on: tiglon evaluate {out}")
+        return
+    known = [*recipes.RECIPES, *recipes.RANKING_RECIPES]
     if recipe not in recipes.RECIPES:
-        raise ConfigError(f"no recipe named '{recipe}'", fix=did_you_mean(recipe, recipes.RECIPES))
+        raise ConfigError(f"no recipe named '{recipe}'", fix=did_you_mean(recipe, known))
     bundle = recipes.train(
         interactions,
         items,
@@ -154,13 +176,16 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the bundle's retrievers on the users that it stores."""
+    """Measure a bundle's retrievers, or a ranker, on the users that it stores."""
     from tiglon.evaluation.protocol import to_json
     from tiglon.serving.bundle import Bundle
     from tiglon.terminal import Terminal, metrics_table
 
     if split not in ("test", "validation"):
         raise ConfigError(f"split '{split}'", rule="It is test or validation")
+    if (bundle / "ranker.json").is_file():
+        _evaluate_ranker(bundle, split, as_json)
+        return
     terminal = Terminal()
     rows = Bundle.load(bundle).evaluate(
         split,  # type: ignore[arg-type]
@@ -244,6 +269,18 @@ def ids_update(
         return
     new.save(bundle)
     _say(f"{added:,} new items; version {old.version} became {Bundle.load(bundle).version}")
+
+
+def _evaluate_ranker(folder: Path, split: str, as_json: bool) -> None:
+    from tiglon.evaluation.ranking import table, to_json
+    from tiglon.ranking.model import LifelongRanker
+
+    ranker = LifelongRanker.load(folder)
+    found = ranker.evaluate(ranker.requests(folder, split))
+    if as_json:
+        print(json.dumps(to_json(found, split), indent=1))
+    else:
+        _stdout().print(table(found, title=f"{split.capitalize()}, {folder}"))
 
 
 def _changes(given: list[str]) -> dict[str, str]:

@@ -4,6 +4,10 @@ A recipe is a function of the data's size that returns frozen settings. `train` 
 
     read → align → split → text vectors → tokenizer → semantic IDs → TIGER → baselines → test → bundle
 
+A ranking recipe is the settings themselves; `train_ranker` runs it:
+
+    read → align → split → features → requests → network → test → ranker
+
 Long work leaves checkpoints in a folder beside the bundle. A run that was killed goes on when the same
 command is given again, and the folder goes when the bundle is there.
 """
@@ -18,17 +22,22 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
 
 from tiglon.data.events import Table, align, read_interactions, read_items
+from tiglon.data.features import GAP, ITEM, Feature, FeatureSchema, Role, fit
 from tiglon.data.histories import HistoryStore
-from tiglon.data.split import leave_last_out
+from tiglon.data.ranking import BasketConfig, RankingTask, next_basket
+from tiglon.data.split import leave_last_out, moment_starts
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
 from tiglon.errors import ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
+from tiglon.evaluation.ranking import RankingEvaluation
+from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
+from tiglon.ranking.units import UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
 from tiglon.retrieval.tiger import Tiger, TigerConfig
@@ -118,11 +127,21 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
 
 RECIPES: dict[str, RecipeFunction] = {"tiger": tiger, "tiger_paper": tiger_paper}
 
+# Every ranking recipe has the same short-term unit, sizes and training, so that rows of a table differ by
+# the long-term unit alone. Command: tiglon train --recipe twin --interactions F --items G --out RANKER.
+RANKING_RECIPES: dict[str, LifelongConfig] = {
+    **{unit: LifelongConfig(long=unit) for unit in UNITS},
+    "short": LifelongConfig(long="none"),  # the short-term unit alone
+}
+
 
 # -- changing one setting ------------------------------------------------------------------------------
 
 
-def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+Settings = TypeVar("Settings", Recipe, LifelongConfig)
+
+
+def override(recipe: Settings, changes: Mapping[str, str]) -> Settings:
     """The recipe with settings replaced, as `--set key=value` names them: {"train.lr": "0.002"}.
 
     Settings of TIGER need no prefix: train.lr, model.width, window; others are text.…, ids.…, exclude_seen.
@@ -171,8 +190,10 @@ def _parsed(text: str, kind: Any, key: str) -> Any:
                 raise ValueError
             return number
         if typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)
-            return tuple(t(part) for t, part in zip(inner, text.split(","), strict=True))
+            inner, parts = typing.get_args(kind), text.split(",")
+            if inner[-1] is Ellipsis:
+                inner = inner[:1] * len(parts)
+            return tuple(t(part) for t, part in zip(inner, parts, strict=True))
     except (ValueError, KeyError) as error:
         named = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
         raise ConfigError(f"{key}={text}", rule=f"{key} is of type {named}") from error
@@ -210,6 +231,37 @@ def text_columns(items: Items) -> list[str]:
 def _addresses(column: pl.Series) -> bool:
     filled = column.drop_nulls().head(1000)
     return len(filled) > 0 and bool(filled.str.contains(r"^https?://").mean() > 0.5)  # type: ignore[operator]
+
+
+_FEW = 1_000  # values that a category of the log has at most
+
+
+def ranking_schema(items: Items, log: Interactions) -> FeatureSchema:
+    """What a ranker reads of these tables.
+
+    Of an item: its id, numbers, and the columns that sort items into groups, those with at most half as many
+    values as there are items (16 wide above a hundred values, else 8). Of a behaviour: how long ago it was,
+    and the numbers and categories of its line. Left out: lists, dates, columns whose names end in "id" on the
+    lines of the log, texts with more than a thousand values there, columns of one value, and columns of the
+    log named like one of the items.
+    """
+    features = [Feature(ITEM, "inherent", width=64), Feature(GAP, "cross", "number")]
+    columns: list[tuple[Role, pl.DataFrame]] = [("inherent", items.table), ("cross", log.extra)]
+    for role, table in columns:
+        for column in table.get_columns():
+            name, values = column.name, column.dtype
+            identifier = name.lower().rpartition("_")[2] in ("id", "ids")
+            if name in {f.name for f in features} or values.is_nested() or values.is_temporal():
+                continue
+            different = column.n_unique()
+            if different < 2 or (role == "cross" and identifier):
+                continue
+            if values.is_numeric() and not identifier:
+                features.append(Feature(name, role, "number"))
+            elif different <= (len(items) // 2 if role == "inherent" else _FEW):
+                wide = role == "inherent" and different > 100
+                features.append(Feature(name, role, width=16 if wide else 8))
+    return FeatureSchema(features)
 
 
 def repeat_share(log: Interactions) -> float:
@@ -301,6 +353,91 @@ def train(
     return Bundle.load(out)
 
 
+def train_ranker(
+    interactions: Table,
+    items: Table,
+    out: str | Path,
+    recipe: LifelongConfig,
+    *,
+    minutes: float | None = None,
+    changes: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[LifelongRanker, list[RankingEvaluation]]:
+    """Two tables → a ranker at `out`, and its evaluation on the last moment of each user.
+
+    The task: what of a user's next moment (a basket, a click) was taken, among items drawn by popularity, given
+    the whole life before it. The last moment is the test, the one before selects, the earlier ones are learned
+    from, but for each user's first, before which there is no life.
+    minutes, changes, overwrite: as in `train`; changes are settings of `LifelongConfig`.
+    Raises DataError, ConfigError, StorageError; nothing half-written is left at `out`.
+    """
+    reporter, out = reporter or Reporter(), Path(out)
+    require_free_ranker(out, overwrite)
+    log, catalogue = _read(interactions, items, reporter)
+    settings = override(recipe, changes or {})
+    if minutes is not None:
+        settings = override(settings, {"train.minutes": str(minutes)})
+    schema = ranking_schema(catalogue, log)
+    named = ", ".join(f"{f.name} ({f.role})" for f in schema.features)
+    reporter.say(f"Features: {named}")
+    learn, validation, test = ranking_tasks(log, catalogue, schema)
+    reporter.say(
+        f"{len(learn):,} requests to learn from, {len(validation):,} to select on, {len(test):,} to test on"
+    )
+    work = _workshop(out, log, catalogue, settings, reporter)
+    ranker = LifelongRanker.of(learn, settings)
+    count = sum(p.numel() for p in ranker.network.parameters())
+    reporter.say(f"A ranker with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
+    ranker.fit(learn, validation, directory=work, report=_bar(reporter, "requests", "GAUC"))
+    found = ranker.evaluate(test)
+    ranker.save(out, {"validation": validation, "test": test})
+    shutil.rmtree(work, ignore_errors=True)
+    return ranker, found
+
+
+def ranking_tasks(
+    log: Interactions, catalogue: Items, schema: FeatureSchema
+) -> tuple[RankingTask, RankingTask, RankingTask]:
+    """(to learn from, to select on, to test on): a user's moments from the second, the last but one, the last.
+
+    Boundaries, vocabularies and popularity are those of the moments that are learned from.
+    Raises DataError where no user has three moments.
+    """
+    learned = leave_last_out(log).train
+    features = fit(schema, catalogue, learned)
+    counts = np.bincount(learned.item, minlength=len(catalogue))
+    store = features.store(log)
+    start = moment_starts(log)
+    owner = log.user[start]
+    left = np.searchsorted(owner, owner, side="right") - np.arange(len(owner)) - 1  # moments that follow
+    enough = np.bincount(owner, minlength=len(log.users))[owner] >= 3
+    if not enough.any():
+        raise DataError(
+            f"{len(log.users)} users, none with three moments",
+            rule="The last moment is the test, the one before selects, the rest is learned from",
+            fix="Give a longer log",
+        )
+    part = np.where(enough, np.maximum(2 - left, 0), 0)  # 0 learn, 1 select, 2 test
+    part = np.repeat(part, np.diff(start, append=len(log)))
+    made = [
+        next_basket(log, features, counts, part == p, BasketConfig(first=1, seed=p), store=store)
+        for p in range(3)
+    ]
+    return made[0], made[1], made[2]
+
+
+def require_free_ranker(path: Path, overwrite: bool) -> None:
+    """ConfigError where something stands at `path` that must not be replaced."""
+    if is_ranker(path):
+        if not overwrite:
+            raise ConfigError(
+                f"{path}, where a ranker stands already", fix="Choose another path, or pass --overwrite"
+            )
+    else:
+        require_free(path, overwrite=False)
+
+
 def _read(interactions: Table, items: Table, reporter: Reporter) -> tuple[Interactions, Items]:
     log, catalogue, unknown = align(read_interactions(interactions), read_items(items))
     reporter.say(f"{len(log):,} events, {len(log.users):,} users, {len(catalogue):,} items")
@@ -371,7 +508,9 @@ def make_tokenizer(config: IdsConfig) -> Tokenizer:
     return plain(config.levels, config.codes, seed=config.seed)
 
 
-def _workshop(out: Path, log: Interactions, catalogue: Items, settings: Recipe, reporter: Reporter) -> Path:
+def _workshop(
+    out: Path, log: Interactions, catalogue: Items, settings: Recipe | LifelongConfig, reporter: Reporter
+) -> Path:
     """The folder for checkpoints beside `out`, of this very job."""
     work = out.with_name(f".{out.name}.work")
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
@@ -393,13 +532,15 @@ def _workshop(out: Path, log: Interactions, catalogue: Items, settings: Recipe, 
     return work
 
 
-def _bar(reporter: Reporter) -> Callable[[Progress], None]:
+def _bar(
+    reporter: Reporter, examples: str = "targets", metric: str = "ndcg@10"
+) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         note = f"epoch {progress.epoch + 1}"
         if progress.loss is not None:
-            note += f", loss {progress.loss:.3f}, {progress.examples_per_second:,.0f} targets/s"
+            note += f", loss {progress.loss:.3f}, {progress.examples_per_second:,.0f} {examples}/s"
         if progress.score is not None:
-            note += f", validation ndcg@10 {progress.score:.4f}"
+            note += f", validation {metric} {progress.score:.4f}"
         reporter.share("training", progress.share, note)
 
     return report

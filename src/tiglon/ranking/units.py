@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.ranking.pooling import FullAttention, MeanPooling
+from tiglon.ranking.bst import BST
+from tiglon.ranking.dien import DIEN
+from tiglon.ranking.din import DIN
+from tiglon.ranking.eta import Eta
+from tiglon.ranking.mimn import MIMN
+from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, MostRecent
 from tiglon.ranking.ranker import InterestUnit
+from tiglon.ranking.sdim import Sdim
+from tiglon.ranking.sim import SimHard, SimSoft
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class UnitConfig:
     heads: int = 4  # TWIN: 4
     head_width: int = 16
     width: int = 64  # of an interest
-    chosen: int = 100  # behaviours that a two-stage unit attends to; TWIN: 100
+    chosen: int = 100  # behaviours that a two-stage unit attends to, and `recent`; TWIN: 100
     category: str | None = None  # inherent feature by which SIM searches; None: see `model.category_of`
 
     def __post_init__(self) -> None:
@@ -30,14 +37,19 @@ class UnitConfig:
 # embed, settings, the column of `embed.item_codes` that is the category → unit
 MakeUnit = Callable[[FeatureEmbedding, UnitConfig, int], InterestUnit]
 
-
-def _full_attention(embed: FeatureEmbedding, c: UnitConfig, category: int) -> InterestUnit:
-    return FullAttention(embed, heads=c.heads, head_width=c.head_width, width=c.width)
-
-
 UNITS: dict[str, MakeUnit] = {
-    "mean_pooling": lambda embed, c, category: MeanPooling(embed),
-    "full_attention": _full_attention,
+    "full_attention": lambda embed, c, _: FullAttention(embed, **_attention(c)),
+    "sim_hard": lambda embed, c, category: SimHard(embed, category=category, k=c.chosen, **_attention(c)),
+    "sim_soft": lambda embed, c, _: SimSoft(embed, k=c.chosen, **_attention(c)),
+    "eta": lambda embed, c, _: Eta(embed, k=c.chosen, **_attention(c)),
+    "sdim": lambda embed, c, _: Sdim(embed),
+    "din": lambda embed, c, _: DIN(embed),
+    "dien": lambda embed, c, _: DIEN(embed),
+    "bst": lambda embed, c, _: BST(embed, width=c.width),
+    "mimn": lambda embed, c, _: MIMN(embed),
+    "mean_pooling": lambda embed, c, _: MeanPooling(embed),
+    "chunk_pooling": lambda embed, c, _: ChunkPooling(embed, **_attention(c)),
+    "recent": lambda embed, c, _: MostRecent(embed, k=c.chosen, **_attention(c)),
 }
 NONE = "none"
 
@@ -52,3 +64,7 @@ def require_unit(name: str) -> str:
 def make_unit(name: str, embed: FeatureEmbedding, config: UnitConfig, category: int) -> InterestUnit | None:
     """A unit with fresh weights; None for "none"."""
     return None if require_unit(name) == NONE else UNITS[name](embed, config, category)
+
+
+def _attention(c: UnitConfig) -> dict[str, int]:
+    return {"heads": c.heads, "head_width": c.head_width, "width": c.width}

@@ -1,0 +1,252 @@
+"""Ranking from two tables: recipes, the task that they make, and the command line."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tiglon import cli
+from tiglon.data.events import align, read_interactions, read_items
+from tiglon.errors import ConfigError, DataError
+from tiglon.ranking.model import LifelongConfig, LifelongRanker
+from tiglon.ranking.units import UNITS
+from tiglon.recipes import (
+    RANKING_RECIPES,
+    override,
+    ranking_schema,
+    ranking_tasks,
+    require_free_ranker,
+    train_ranker,
+)
+
+TINY = {
+    "unit.heads": "1",
+    "unit.head_width": "8",
+    "unit.width": "8",
+    "network.hidden": "8",
+    "train.epochs": "1",
+    "train.evaluations": "1",
+}
+
+
+def tables(users=30, events=6):
+    """Baskets of two; each user keeps to one half of the catalogue."""
+    rng = np.random.default_rng(0)
+    lines = [
+        {
+            "user_id": f"u{u}",
+            "item_id": int(i) + 10 * (u % 2),
+            "timestamp": 100 * e,
+            "price": float(rng.integers(1, 9)),
+            "channel": ["shop", "web"][int(rng.integers(2))],
+            "receipt_id": int(rng.integers(10**9)),
+            "always": 1,
+        }
+        for u in range(users)
+        for e in range(events)
+        for i in rng.choice(10, 2, replace=False)
+    ]
+    items = pl.DataFrame(
+        {
+            "item_id": range(20),
+            "title": [f"thing {i}" for i in range(20)],
+            "kind": ["a" if i < 10 else "b" for i in range(20)],
+            "weight": [float(i) for i in range(20)],
+            "tags": [["x"]] * 20,
+            "maker_id": [i % 5 for i in range(20)],
+        }
+    )
+    return pl.DataFrame(lines), items
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables")
+    for name, table in zip(("log", "items"), tables(), strict=True):
+        table.write_parquet(path / f"{name}.parquet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    log, items = tables()
+    return align(read_interactions(log), read_items(items))[:2]
+
+
+@pytest.fixture
+def tiglon(monkeypatch, capsys):
+    """Runs the command line; (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tiglon", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            status = exit.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+# -- recipes -------------------------------------------------------------------------------------------------
+
+
+def test_every_unit_is_a_recipe_and_all_else_is_the_same():
+    assert set(RANKING_RECIPES) == {*UNITS, "short"}
+    assert {override(recipe, {"long": "none"}) for recipe in RANKING_RECIPES.values()} == {
+        LifelongConfig(long="none")
+    }
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_every_recipe_scores_and_learns(name, aligned):
+    log, items = aligned
+    learn, *_ = ranking_tasks(log, items, ranking_schema(items, log))
+    few = learn.select(np.arange(12))
+    settings = override(RANKING_RECIPES[name], {key: v for key, v in TINY.items() if key != "unit.width"})
+    ranker = LifelongRanker.of(few, settings)
+    before = ranker.score(few)
+    after = ranker.fit(few).score(few)
+    assert np.isfinite(after).all()
+    assert not np.array_equal(before, after)
+
+
+def test_settings_by_their_names():
+    settings = override(
+        RANKING_RECIPES["full_attention"],
+        {"network.hidden": "64,32,16", "unit.chosen": "7", "longest": "200", "train.lr": "0.002"},
+    )
+    assert settings.network.hidden == (64, 32, 16)
+    assert (settings.unit.chosen, settings.longest, settings.train.lr) == (7, 200, 0.002)
+    with pytest.raises(ConfigError, match=r"unknown setting 'unit.choosen'\. Did you mean 'unit.chosen'\?"):
+        override(settings, {"unit.choosen": "7"})
+    with pytest.raises(ConfigError, match="no interest unit named 'twni'"):
+        override(settings, {"long": "twni"})
+    with pytest.raises(ConfigError, match=r"network.hidden=a,b\. network.hidden is of type"):
+        override(settings, {"network.hidden": "a,b"})
+
+
+# -- the task ------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_of_two_tables(aligned):
+    log, items = aligned
+    found = {f.name: (f.role, f.kind) for f in ranking_schema(items, log).features}
+    assert found == {
+        "item_id": ("inherent", "category"),
+        "kind": ("inherent", "category"),  # title names each item apart, tags are lists
+        "weight": ("inherent", "number"),
+        "maker_id": ("inherent", "category"),
+        "gap": ("cross", "number"),
+        "price": ("cross", "number"),
+        "channel": ("cross", "category"),  # receipt_id is an identifier, always has one value
+    }
+
+
+def test_the_last_moment_is_the_test(aligned):
+    log, items = aligned
+    learn, validation, test = ranking_tasks(log, items, ranking_schema(items, log))
+    assert set(test.time) == {500}
+    assert set(validation.time) == {400}
+    assert set(learn.time) == {100, 200, 300}
+    assert len(test) == len(validation) == 30
+    assert (test.lengths == 10).all()
+    assert (learn.lengths == 2 * (learn.time // 100)).all()
+
+
+def test_what_is_held_out_teaches_nothing():
+    """An item that occurs in last moments alone has no vector of its own and is no candidate; a price that
+    occurs there alone moves no boundary."""
+    log, items = tables()
+    last = (log["timestamp"] == 500) & (log["user_id"] < "u2")
+    log = log.with_columns(
+        item_id=pl.when(last).then(19).otherwise(pl.col("item_id").clip(0, 18)),
+        price=pl.when(last).then(1e6).otherwise(pl.col("price")),
+    )
+    clean, catalogue, _ = align(read_interactions(log), read_items(items))
+    parts = ranking_tasks(clean, catalogue, ranking_schema(catalogue, clean))
+    new = catalogue.vocabulary.encode([19])[0]
+    features = parts[0].features
+    assert features.item_codes[new, 0] == 0
+    assert features.item_codes[:new, 0].all()
+    assert features.coders["price"].boundaries.max() < 10
+    assert all((part.item != new).all() for part in parts)
+
+
+def test_too_short_a_log():
+    log, items = tables(events=2)
+    clean, catalogue, _ = align(read_interactions(log), read_items(items))
+    with pytest.raises(DataError, match="30 users, none with three moments"):
+        ranking_tasks(clean, catalogue, ranking_schema(catalogue, clean))
+
+
+# -- the job, and the command line ---------------------------------------------------------------------------
+
+
+def test_train_and_evaluate(tiglon, folder, tmp_path):
+    out = tmp_path / "ranker"
+    changes = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    command = ["train", "--recipe", "full_attention", "--interactions", folder / "log.parquet", "--items"]
+    command += [folder / "items.parquet", "--out", out, *changes]
+    status, stdout, stderr = tiglon(*command)
+    assert status == 0, stderr
+    assert "full_attention" in stdout
+    assert "gauc" in stdout
+    assert "Features: item_id (inherent), gap (cross)" in stderr
+    assert not out.with_name(".ranker.work").exists()
+
+    status, again, _ = tiglon("evaluate", out)
+    assert status == 0
+    shown = re.findall(r"\.\d{4}", stdout)
+    assert shown
+    assert re.findall(r"\.\d{4}", again) == shown
+    status, found, _ = tiglon("evaluate", out, "--split", "validation", "--json")
+    row = json.loads(found)["rows"][0]
+    assert (row["name"], row["task"]) == ("full_attention", "next_basket")
+    assert row["gauc"] == pytest.approx(LifelongRanker.load(out).history["best"])
+
+    status, _, stderr = tiglon(*command)
+    assert status == 1
+    assert "where a ranker stands already. Choose another path, or pass --overwrite." in stderr
+
+
+def test_python_gives_the_same_ranker(folder, tmp_path):
+    recipe = RANKING_RECIPES["mean_pooling"]
+    ranker, found = train_ranker(
+        folder / "log.parquet", folder / "items.parquet", tmp_path / "r", recipe, minutes=1, changes=TINY
+    )
+    assert found[0].name == "mean_pooling"
+    assert ranker.config.train.minutes == 1
+    assert LifelongRanker.load(tmp_path / "r").version == ranker.version
+    assert len(ranker.predict(["u3", "nobody"], [[1, 12], [5]])[0]) == 2
+
+
+def test_what_stands_there_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="which exists and is no bundle"):
+            require_free_ranker(tmp_path / "mine", overwrite)
+
+
+def test_an_unknown_recipe_comes_back_with_a_suggestion(tiglon, folder, tmp_path):
+    status, _, stderr = tiglon(
+        "train", "--recipe", "sim_herd", "--interactions", folder / "log.parquet",
+        "--items", folder / "items.parquet", "--out", tmp_path / "x",
+    )  # fmt: skip
+    assert status == 1
+    assert "no recipe named 'sim_herd'. Did you mean 'sim_hard'?" in stderr
+
+
+def test_a_damaged_ranker_is_one_clean_message(tiglon, tmp_path):
+    (tmp_path / "ranker.json").write_text("{")
+    status, _, stderr = tiglon("evaluate", tmp_path)
+    assert status == 1
+    assert stderr.startswith("error: the ranker in")
