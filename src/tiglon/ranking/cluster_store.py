@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -170,38 +170,30 @@ class ClusterStore:
             done += int((stop - start)[users].sum())
             if report is not None:
                 report(done / max(int((stop - start).sum()), 1))
-        return cls._of(histories, vectors, _end_to_end(blocks), stop - start, settings)
+        virtual = _stand(histories, _end_to_end(blocks), table, settings)
+        return cls._of(histories, vectors, virtual, stop - start, settings)
 
     @classmethod
     def _of(
         cls,
         histories: HistoryStore,
         vectors: ItemVectors,
-        leaves: Leaves,
+        v: _VirtualItems,
         counted: np.ndarray,
         settings: ClusterSettings,
     ) -> ClusterStore:
-        """Each leaf becomes a virtual item; they come by user and mean time, of equals by the oldest member."""
-        table = _table(vectors, histories.items)
-        owner = np.searchsorted(histories.offsets, leaves.first, side="right") - 1
-        time = mean_times(histories.time[leaves.member], leaves.offsets)
-        order = np.lexsort((leaves.first, time, owner))
-        leaves, owner, time = leaves.take(order), owner[order], time[order]
-        item = histories.item[leaves.member]
-        stands = leaves.member[representatives(_rows(item, table), leaves.offsets, table)]
-        features = {
-            name: column[stands]
-            if name in settings.categorical
-            else mean_values(column[leaves.member], leaves.offsets).astype(np.float32)
-            for name, column in histories.features.items()
-        }
-        features["size"] = leaves.sizes.astype(np.int32)
-        features["group"] = _groups_of(histories, leaves.first, settings.groups)
-        offsets = offsets_of(np.bincount(owner, minlength=len(histories)))
-        member = (leaves.member - np.repeat(histories.offsets[owner], leaves.sizes)).astype(np.int32)
+        """Virtual items in any order become those of a store: by user and mean time, of equals the oldest first."""
+        order = np.lexsort((v.leaves.first, v.time, v.owner))
+        leaves, owner = v.leaves.take(order), v.owner[order]
         virtual = HistoryStore(
-            histories.users, histories.items, offsets, histories.item[stands].astype(np.int32), time, features
+            histories.users,
+            histories.items,
+            offsets_of(np.bincount(owner, minlength=len(histories))),
+            v.item[order],
+            v.time[order],
+            {name: column[order] for name, column in v.features.items()},
         )
+        member = (leaves.member - np.repeat(histories.offsets[owner], leaves.sizes)).astype(np.int32)
         version = vectors_version(vectors, histories.items, virtual.item)
         return cls(histories, virtual, member, counted, replace(settings, vectors=version))
 
@@ -277,51 +269,51 @@ class ClusterStore:
             )
         settings = replace(self.settings, until=int(until))
         begin, stop = _lives(histories, until)
-        known = begin + old.counted
-        leaves, first_leaf = old.leaves, old.virtual.offsets
-        label = np.full(len(histories.item), -1)
-        label[leaves.member] = np.repeat(np.arange(len(leaves)), leaves.sizes)
-        before, next_leaf = label.copy(), len(leaves)
-
-        def joined(user: int) -> tuple[slice, np.ndarray]:
-            """The life's rows from its first member on, and their leaves counted from the user's first."""
-            a, b = first_leaf[user : user + 2]
-            rows = slice(int(leaves.first[a:b].min()), int(stop[user]))
-            local = np.where(label[rows] < 0, -1, label[rows] - a)
-            group = _groups_of(histories, np.arange(rows.start, rows.stop), settings.groups)
-            c = settings.config
-            join(
-                _rows(histories.item[rows], table),
-                group,
-                local,
-                table,
-                c.largest,
-                c.power,
-                c.iterations,
-                c.sample,
-                c.reach,
-            )
-            return rows, local
-
-        grown = stop > known
-        clustered = np.diff(first_leaf) > 0
+        grown = stop > begin + old.counted
+        clustered = np.diff(old.virtual.offsets) > 0
         with ThreadPoolExecutor(threads) as pool:
-            for user, (rows, local) in zip(
-                np.flatnonzero(grown & clustered),
-                pool.map(joined, np.flatnonzero(grown & clustered)),
-                strict=True,
-            ):
-                count = first_leaf[user + 1] - first_leaf[user]
-                label[rows] = np.where(local < count, local + first_leaf[user], local - count + next_leaf)
-                next_leaf += max(int(local.max()) + 1 - count, 0)
-        begun = grown & ~clustered
-        start = np.where(begun, begin, stop)  # no rows of anybody else
-        fresh = _divided(
-            histories, slice(0, len(histories)), start, np.where(begun, stop, start), table, settings, threads
-        )
-        label[fresh.member] = next_leaf + np.repeat(np.arange(len(fresh)), fresh.sizes)
-        store = self._of(histories, vectors, _by_label(label), stop - begin, settings)
-        return store, _compared(before, label, len(store.virtual.item))
+            joined = list(pool.map(old._joiner(table, stop), np.flatnonzero(grown & clustered).tolist()))
+        start = np.where(grown & ~clustered, begin, stop)  # lives that begin; no rows of others
+        fresh = _divided(histories, slice(0, len(histories)), start, stop, table, settings, threads)
+        changed = _end_to_end([*(life.leaves for life in joined), fresh])
+        kept = np.ones(len(old.virtual.item), bool)
+        for life in joined:
+            kept[life.replaced] = False
+        virtual = _both(old._virtual_items(np.flatnonzero(kept)), _stand(histories, changed, table, settings))
+        store = self._of(histories, vectors, virtual, stop - begin, settings)
+        new = len(store.member) - len(old.member)
+        moved = sum(life.moved for life in joined)
+        return store, UpdateReport(len(store.member), new, len(virtual.leaves), len(changed), moved)
+
+    def _joiner(self, table: np.ndarray, stop: np.ndarray) -> Callable[[int], _Joined]:
+        """user → what becomes of this life's leaves when its behaviours up to row stop[user] join."""
+        raw, leaves, c = self.histories, self.leaves, self.settings.config
+
+        def joined(user: int) -> _Joined:
+            a, b = self.virtual.offsets[user : user + 2]
+            mine = slice(leaves.offsets[a], leaves.offsets[b])
+            begin = leaves.first[a:b].min()
+            rows = np.arange(begin, stop[user])
+            before = np.full(len(rows), -1)
+            before[leaves.member[mine] - begin] = np.repeat(np.arange(b - a), leaves.sizes[a:b])
+            label, group = before.copy(), _groups_of(raw, rows, self.settings.groups)
+            item = _rows(raw.item[rows], table)
+            join(item, group, label, table, c.largest, c.power, c.iterations, c.sample, c.reach)
+            moved = (before >= 0) & (label != before)
+            touched = np.zeros(label.max() + 1, bool)
+            touched[label[(before < 0) | moved]] = touched[before[moved]] = True
+            inside = touched[label]
+            replaced = a + np.flatnonzero(touched[: b - a])
+            return _Joined(_by_label(rows[inside], label[inside]), replaced, int(moved.sum()))
+
+        return joined
+
+    def _virtual_items(self, leaf: np.ndarray) -> _VirtualItems:
+        """Some of the store's own."""
+        v = self.virtual
+        owner = np.repeat(np.arange(len(v)), np.diff(v.offsets))
+        features = {name: column[leaf] for name, column in v.features.items()}
+        return _VirtualItems(self.leaves.take(leaf), owner[leaf], v.item[leaf], v.time[leaf], features)
 
     def onto(self, histories: HistoryStore) -> ClusterStore:
         """The same leaves over a log that went on: users and items may be more and have other dense ids.
@@ -514,6 +506,61 @@ def _rows(item: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.where(item < 0, len(table) - 1, item).astype(np.int64)
 
 
+# -- virtual items -----------------------------------------------------------------------------------------------
+
+
+class _VirtualItems(NamedTuple):
+    """C leaves and what stands for them, in any order.   leaves: rows of the histories.   owner: (C,) dense users."""
+
+    leaves: Leaves
+    owner: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+class _Joined(NamedTuple):
+    """leaves: of one life that are not as they were.   replaced: numbers of those that they take the place of.
+    moved: earlier behaviours that are in another leaf than before."""
+
+    leaves: Leaves
+    replaced: np.ndarray
+    moved: int
+
+
+def _stand(
+    histories: HistoryStore, leaves: Leaves, table: np.ndarray, settings: ClusterSettings
+) -> _VirtualItems:
+    """Each leaf becomes a virtual item."""
+    item = _rows(histories.item[leaves.member], table)
+    nearest = leaves.member[representatives(item, leaves.offsets, table)]
+    features = {
+        name: column[nearest]
+        if name in settings.categorical
+        else mean_values(column[leaves.member], leaves.offsets).astype(np.float32)
+        for name, column in histories.features.items()
+    }
+    features["size"] = leaves.sizes.astype(np.int32)
+    features["group"] = _groups_of(histories, leaves.first, settings.groups)
+    return _VirtualItems(
+        leaves,
+        np.searchsorted(histories.offsets, leaves.first, side="right") - 1,
+        histories.item[nearest].astype(np.int32),
+        mean_times(histories.time[leaves.member], leaves.offsets),
+        features,
+    )
+
+
+def _both(a: _VirtualItems, b: _VirtualItems) -> _VirtualItems:
+    return _VirtualItems(
+        _end_to_end([a.leaves, b.leaves]),
+        np.concatenate([a.owner, b.owner]),
+        np.concatenate([a.item, b.item]),
+        np.concatenate([a.time, b.time]),
+        {name: np.concatenate([column, b.features[name]]) for name, column in a.features.items()},
+    )
+
+
 # -- blocks of users ---------------------------------------------------------------------------------------------
 
 
@@ -599,22 +646,11 @@ def _appended(leaves: Histories, raw: HistoryStore, start: np.ndarray, stop: np.
     return Histories(offsets, item, both(leaves.time, raw.time[at]), features, leaves.user)
 
 
-def _by_label(label: np.ndarray) -> Leaves:
-    """The leaves of labels (E,), those of −1 left out."""
-    rows = np.flatnonzero(label >= 0)
-    order = np.argsort(label[rows], kind="stable")
-    sorted_label = label[rows][order]
-    opens = np.flatnonzero(np.diff(sorted_label, prepend=-1))
+def _by_label(rows: np.ndarray, label: np.ndarray) -> Leaves:
+    """The leaves of rows (M,), rising, with these labels (M,)."""
+    order = np.argsort(label, kind="stable")
+    opens = np.flatnonzero(np.diff(label[order], prepend=-1))
     return Leaves(rows[order], np.append(opens, len(rows)))
-
-
-def _compared(before: np.ndarray, after: np.ndarray, leaves: int) -> UpdateReport:
-    """before, after: (E,) labels of the same leaves, −1 for none; a leaf that was divided again keeps its label
-    for one of its parts."""
-    new = (before < 0) & (after >= 0)
-    moved = (before >= 0) & (before != after)
-    changed = np.unique(np.concatenate([after[new], after[moved], before[moved]]))
-    return UpdateReport(int((after >= 0).sum()), int(new.sum()), leaves, len(changed), int(moved.sum()))
 
 
 # -- settings ----------------------------------------------------------------------------------------------------

@@ -29,12 +29,17 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from tiglon.data.histories import offsets_of
 from tiglon.errors import ConfigError, DataError
+
+_MOST_GROUPS = 128
+_CELL = 128  # leaves of all groups a cell, at least: short lives are searched whole
+_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -441,6 +446,26 @@ def mean_values(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 # -- join ----------------------------------------------------------------------------------------------------
 
 
+class _Filed(NamedTuple):
+    """The leaves of a life while behaviours join them, and where to look for the nearest one.
+
+    A leaf c: centre (C, D), members (C,) how many, kind (C,) its group, newest (C,) member and from there back by older (L,).
+    A cell s: the leaves that are nearest to seed (S, D) of their group, first[s] and from there by next (C,).
+    used: [leaves, cells] so far.
+    """
+
+    centre: np.ndarray
+    members: np.ndarray
+    kind: np.ndarray
+    newest: np.ndarray
+    older: np.ndarray
+    seed: np.ndarray
+    seed_kind: np.ndarray
+    first: np.ndarray
+    next: np.ndarray
+    used: np.ndarray
+
+
 @njit(nogil=True, cache=True)
 def join(
     item: np.ndarray,
@@ -458,70 +483,160 @@ def join(
     item: (L,) rows in `table`, oldest first.   group: (L,).   Leaves are numbered 0 … C−1, new ones from C on.
     One after the other, each joins the nearest leaf of its group (of equals the smallest) if its distance to
     the centroid is at most `reach` times the root mean square of that group's members before; otherwise it is
-    a leaf of its own. A leaf that would hold more than γ is divided again, alone.
+    a leaf of its own. A leaf that would hold more than γ is divided again, alone. In lives of more than about
+    a thousand leaves a nearest leaf is looked for in the four nearest of its group's cells.
     """
-    n, used = len(item), leaf.max() + 1
-    room = min(n, used + (leaf < 0).sum() * (largest + 1))
-    centre = np.empty((room, table.shape[1]), np.float32)
-    count, kind = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    newest, older = np.full(room, -1), np.full(n, -1)  # a leaf's members, from the newest back
-    for i in range(n):
-        if leaf[i] >= 0:
-            _enter(i, leaf[i], item, group, table, centre, count, kind, newest, older)
-    spread, members = np.zeros(128), np.zeros(128)
-    for i in range(n):
-        if leaf[i] >= 0:
-            spread[group[i]] += _distance(table[item[i]], centre[leaf[i]])
-            members[group[i]] += 1
-    near = reach**2 * spread / np.maximum(members, 1)
-    for i in range(n):
+    filed = _file_all(item, group, leaf, table, largest)
+    near = reach**2 * _spread(item, group, leaf, table, filed.centre)
+    for i in range(len(item)):
         if leaf[i] >= 0:
             continue
-        nearest, best = -1, np.float32(np.inf)
-        for c in range(used):
-            if kind[c] == group[i]:
-                d = _distance(table[item[i]], centre[c])
-                if d < best or (d == best and count[c] < count[nearest]):
-                    nearest, best = c, d
-        if nearest < 0 or best > near[group[i]]:
-            leaf[i] = used
-            used += 1
+        leaf[i] = c = _nearest(table[item[i]], group[i], near[group[i]], filed)
+        if c == filed.used[0]:
+            filed.used[0] += 1
+            _enter(i, c, item, group, table, filed)
+            _file(c, filed)
         else:
-            leaf[i] = nearest
-        _enter(i, leaf[i], item, group, table, centre, count, kind, newest, older)
-        if count[leaf[i]] > largest:
-            crowd = leaf[i]
-            row, opens = np.empty(count[crowd], np.int64), np.zeros(count[crowd], np.bool_)
-            at = newest[crowd]
-            for m in range(len(row) - 1, -1, -1):
-                row[m], at = at, older[at]
-            _divide_set(row, item[row], opens, table, largest, power, iterations, sample)
-            newest[crowd], count[crowd], into = -1, 0, crowd
-            for m in range(len(row)):
-                if m and opens[m]:
-                    into = used
-                    used += 1
-                leaf[row[m]] = into
-                _enter(row[m], into, item, group, table, centre, count, kind, newest, older)
+            _enter(i, c, item, group, table, filed)
+            if filed.members[c] > largest:
+                _divide_leaf(c, item, group, leaf, table, filed, largest, power, iterations, sample)
 
 
 @njit(nogil=True, cache=True)
-def _enter(
-    i: int,
+def _file_all(
+    item: np.ndarray, group: np.ndarray, leaf: np.ndarray, table: np.ndarray, largest: int
+) -> _Filed:
+    """The leaves as they are, in cells of about √C, with room for what may come."""
+    n, leaves, width = len(item), leaf.max() + 1, table.shape[1]
+    room = min(n, leaves + (leaf < 0).sum() * (largest + 1))
+    step = max(int(np.sqrt(leaves)), _CELL)
+    cells = leaves // step + 1 + _MOST_GROUPS
+    filed = _Filed(
+        np.empty((room, width), np.float32),
+        np.zeros(room, np.int64),
+        np.zeros(room, np.int64),
+        np.full(room, -1),
+        np.full(n, -1),
+        np.empty((cells, width), np.float32),
+        np.zeros(cells, np.int64),
+        np.full(cells, -1),
+        np.full(room, -1),
+        np.array([leaves, 0]),
+    )
+    for i in range(n):
+        if leaf[i] >= 0:
+            _enter(i, leaf[i], item, group, table, filed)
+    for c in range(0, leaves, step):
+        _sow(c, filed)
+    for c in range(leaves):
+        _file(c, filed)
+    return filed
+
+
+@njit(nogil=True, cache=True)
+def _spread(
+    item: np.ndarray, group: np.ndarray, leaf: np.ndarray, table: np.ndarray, centre: np.ndarray
+) -> np.ndarray:
+    """(groups,) the mean squared distance of a group's members to their centroids."""
+    total, members = np.zeros(_MOST_GROUPS), np.zeros(_MOST_GROUPS)
+    for i in range(len(item)):
+        if leaf[i] >= 0:
+            total[group[i]] += _distance(table[item[i]], centre[leaf[i]])
+            members[group[i]] += 1
+    return total / np.maximum(members, 1)
+
+
+@njit(nogil=True, cache=True)
+def _nearest(x: np.ndarray, group: int, limit: float, filed: _Filed) -> int:
+    """The leaf nearest to x in the nearest cells, of equals the smallest; the next free number if none is
+    within √limit."""
+    found, best = filed.used[0], np.float32(limit)
+    cell, away = np.full(_PROBES, -1), np.full(_PROBES, np.inf, np.float32)
+    for s in range(filed.used[1]):
+        if filed.seed_kind[s] == group:
+            d = _distance(x, filed.seed[s])
+            at = _PROBES
+            while at > 0 and d < away[at - 1]:
+                at -= 1
+                if at + 1 < _PROBES:
+                    cell[at + 1], away[at + 1] = cell[at], away[at]
+            if at < _PROBES:
+                cell[at], away[at] = s, d
+    for s in cell:
+        c = filed.first[s] if s >= 0 else -1
+        while c >= 0:
+            d = _distance(x, filed.centre[c])
+            if d < best or (d == best and (found == filed.used[0] or _smaller(c, found, filed.members))):
+                found, best = c, d
+            c = filed.next[c]
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _smaller(a: int, b: int, count: np.ndarray) -> bool:
+    return count[a] < count[b] or (count[a] == count[b] and a < b)
+
+
+@njit(nogil=True, cache=True)
+def _enter(i: int, c: int, item: np.ndarray, group: np.ndarray, table: np.ndarray, filed: _Filed) -> None:
+    """Behaviour i becomes the newest member of leaf c."""
+    if filed.members[c] == 0:
+        filed.centre[c] = 0
+    filed.kind[c] = group[i]
+    filed.members[c] += 1
+    _draw(filed.centre[c], table[item[i]], filed.members[c])
+    filed.older[i], filed.newest[c] = filed.newest[c], i
+
+
+@njit(nogil=True, cache=True)
+def _divide_leaf(
     c: int,
     item: np.ndarray,
     group: np.ndarray,
+    leaf: np.ndarray,
     table: np.ndarray,
-    centre: np.ndarray,
-    count: np.ndarray,
-    kind: np.ndarray,
-    newest: np.ndarray,
-    older: np.ndarray,
+    filed: _Filed,
+    largest: int,
+    power: float,
+    iterations: int,
+    sample: int,
 ) -> None:
-    """Behaviour i becomes the newest member of leaf c."""
-    if count[c] == 0:
-        centre[c] = 0
-    kind[c] = group[i]
-    count[c] += 1
-    _draw(centre[c], table[item[i]], count[c])
-    older[i], newest[c] = newest[c], i
+    """The members of leaf c alone are clustered again; the first of the new leaves keeps its number."""
+    row, opens = np.empty(filed.members[c], np.int64), np.zeros(filed.members[c], np.bool_)
+    at = filed.newest[c]
+    for m in range(len(row) - 1, -1, -1):
+        row[m], at = at, filed.older[at]
+    _divide_set(row, item[row], opens, table, largest, power, iterations, sample)
+    filed.newest[c], filed.members[c], into = -1, 0, c
+    before = filed.used[0]
+    for m in range(len(row)):
+        if m and opens[m]:
+            into = filed.used[0]
+            filed.used[0] += 1
+        leaf[row[m]] = into
+        _enter(row[m], into, item, group, table, filed)
+    for new in range(before, filed.used[0]):
+        _file(new, filed)
+
+
+@njit(nogil=True, cache=True)
+def _sow(c: int, filed: _Filed) -> int:
+    """A new cell around the centre of leaf c."""
+    s = filed.used[1]
+    filed.seed[s], filed.seed_kind[s] = filed.centre[c], filed.kind[c]
+    filed.used[1] += 1
+    return s
+
+
+@njit(nogil=True, cache=True)
+def _file(c: int, filed: _Filed) -> None:
+    """Put leaf c into the nearest cell of its group, or into a new one if there is none."""
+    home, best = -1, np.float32(np.inf)
+    for s in range(filed.used[1]):
+        if filed.seed_kind[s] == filed.kind[c]:
+            d = _distance(filed.centre[c], filed.seed[s])
+            if d < best:
+                home, best = s, d
+    if home < 0:
+        home = _sow(c, filed)
+    filed.next[c], filed.first[home] = filed.first[home], c
