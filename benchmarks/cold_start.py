@@ -72,11 +72,13 @@ def main() -> None:
     recipe = recipe_of(given.recipe, len(log), old, changes_of(given))
     text, vectors = item_vectors(log, old, recipe)
     tokenizer = make_tokenizer(recipe.ids).fit(vectors)
-    tiger = Tiger(identify(tokenizer, vectors, old), old.vocabulary, recipe.tiger)
+    ids = identify(tokenizer, vectors, old)
+    tiger = Tiger(ids, old.vocabulary, recipe.tiger, vectors=vectors)
     tiger.fit(log, validation, directory=given.out and given.out / "run", report=Printer(console))
 
     before = copy.copy(tiger)
-    tiger.add_items(everything.vocabulary, codes_of(tokenizer, text.vectors(new), new.vocabulary))
+    arrived = text.vectors(new)
+    tiger.add_items(everything.vocabulary, codes_of(tokenizer, arrived, new.vocabulary), arrived)
     known = replace(log, items=everything.vocabulary)
     retrievers: list[Retriever] = [
         *(Rule(before, tiger, share) for share in SHARES),

@@ -130,7 +130,7 @@ def run(
         f"{' × '.join(map(str, ids.sizes))} from {text.described()}, {colliding(ids):.1%} share their codes"
     )
 
-    tiger = Tiger(ids, items.vocabulary, recipe.tiger)
+    tiger = Tiger(ids, items.vocabulary, recipe.tiger, vectors=vectors)
     parameters = sum(p.numel() for p in tiger.network.parameters())
     console.print(f"recipe {recipe.name}, seed {recipe.tiger.train.seed}, {parameters:,} parameters")
     started = time.monotonic()

@@ -324,7 +324,7 @@ def train(
     text, vectors = _vectors(split.train, catalogue, settings)
     tokenizer, ids = _identify(catalogue, text, vectors, settings.ids, reporter)
     work = _workshop(out, log, catalogue, settings, reporter)
-    model = Tiger(ids, catalogue.vocabulary, settings.tiger)
+    model = Tiger(ids, catalogue.vocabulary, settings.tiger, vectors=vectors)
     count = sum(p.numel() for p in model.network.parameters())
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))

@@ -1,6 +1,7 @@
 """The one-pass network: every shortcut it takes must leave each target's probability as it was."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ LIVES = [
 ]
 
 
-def network(codes=CODES, seed=0):
+def network(codes=CODES, seed=0, **changes):
     """A small one with random biases: at 0, where they begin, a wrong bias would not show."""
     torch.manual_seed(seed)
     config = CausalConfig(
@@ -42,18 +43,32 @@ def network(codes=CODES, seed=0):
         dropout=0.3,
         distances=12,
     )
-    model = CausalTiger(SIZES, config, None if codes is None else codes.numpy())
+    if codes is None:
+        model = CausalTiger(SIZES, replace(config, **changes))
+    else:
+        vectors = np.random.default_rng(1).normal(size=(len(codes), 24)).astype(np.float32)
+        model = CausalTiger(SIZES, replace(config, **changes), codes.numpy(), vectors)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name:
                 p.normal_()
-        model.prefix.weight[1:].normal_(std=0.5)
+        model.prefixes.own.weight[1:].normal_(std=0.5)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[CODES, CODES[:9], None], ids=["prefixes", "some new", "no prefixes"])
+NETWORKS = {
+    "as it comes": lambda: network(),
+    "some new": lambda: network(CODES[:9]),
+    "arrived": lambda: network(CODES[:9]).extended(CODES[9:].numpy(), np.eye(24, dtype=np.float32)[: N - 9]),
+    "code after code": lambda: network(pairs=0),
+    "no content": lambda: network(content=False),
+    "no prefixes": lambda: network(None),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def model(request):
-    return network(request.param)
+    return NETWORKS[request.param]()
 
 
 def batch(lives, width=None):
@@ -170,13 +185,19 @@ def test_labels_mean_nothing(model):
     before = losses(model, LIVES, renormalise=True)
     names = [torch.from_numpy(np.random.default_rng(s).permutation(size)) for s, size in enumerate(SIZES)]
     new_codes = torch.stack([name[CODES[:, s]] for s, name in enumerate(names)], dim=-1)
-    known = (model.nodes(CODES)[:, -1] > 0).numpy()
-    renamed = network(new_codes[known] if known.any() else None)
+    ours = model.prefixes
+    known = (ours.nodes(CODES)[:, -1] > 0).numpy()
+    renamed = network(new_codes[known] if known.any() else None, content=False, pairs=model.config.pairs)
+    theirs = renamed.prefixes
     with torch.no_grad():
-        renamed.prefix.weight[renamed.nodes(new_codes)] = model.prefix.weight[model.nodes(CODES)]
-        for s, name in enumerate(names):
-            at = int(model.offsets[s])
-            renamed.code.weight[at + name] = model.code.weight[at : at + SIZES[s]]
+        rest = {name: p for name, p in model.state_dict().items() if not name.startswith("prefixes")}
+        renamed.load_state_dict(rest, strict=False)
+        theirs.own.weight[1 + names[0]] = ours.vectors()[1 : 1 + SIZES[0]]
+        theirs.own.weight[theirs.nodes(new_codes)] = ours.vectors()[ours.nodes(CODES)]
+        theirs.forget()
+        for s, name in enumerate(names[1:], start=1):
+            at = ours.offsets[s]
+            theirs.code.weight[at + name] = ours.code.weight[at : at + SIZES[s]]
         codes, moment = batch(LIVES)
         allowed = below([i for life in LIVES for i, _ in life])
         for s, name in enumerate(names):
@@ -202,38 +223,6 @@ def test_gradients_are_finite_and_reach_every_parameter(bfloat16):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
-
-
-# -- prefixes ----------------------------------------------------------------------------------------
-
-
-def test_every_prefix_of_a_trained_item_has_one_row_and_new_ones_have_none():
-    model = network(CODES[:9])
-    rows = model.nodes(CODES)
-    assert (rows[:, 0] == 0).all()
-    named = {}
-    for i, codes in enumerate(CODES.tolist()):
-        for s in range(1, len(SIZES)):
-            prefix = tuple(codes[: s + 1])
-            trained = any(tuple(other[: s + 1]) == prefix for other in CODES[:9].tolist())
-            assert (rows[i, s] > 0) == trained
-            if trained:
-                assert named.setdefault(prefix, rows[i, s].item()) == rows[i, s].item()
-    assert len(set(named.values())) == len(named) == model.prefix.weight.shape[0] - 1
-
-
-def test_logits_are_products_with_code_plus_prefix_vectors():
-    model = network(CODES[:9])
-    x = torch.randn(N, 16)
-    for s in range(len(SIZES)):
-        found = model.logits(x, CODES[:, :s])
-        for i in range(N):
-            for c in range(SIZES[s]):
-                written = torch.cat([CODES[i, :s], torch.tensor([c])])
-                vector = (
-                    model.code.weight[model.offsets[s] + c] + model.prefix.weight[model.nodes(written)[-1]]
-                )
-                torch.testing.assert_close(found[i, c], x[i] @ vector, rtol=1e-4, atol=1e-5)
 
 
 # -- decoding ----------------------------------------------------------------------------------------

@@ -86,19 +86,31 @@ class Tiger(Retriever):
         items: Vocabulary,
         config: TigerConfig | None = None,
         trained: np.ndarray | None = None,
+        vectors: np.ndarray | None = None,
     ) -> None:
-        """trained: (N,) bool, the items that the network learns from; by default all that are alive."""
+        """trained: (N,) bool, the items that the network learns from; by default all that are alive.
+        vectors: (N, C) of the items, whose content `CausalTiger` reads and writes; None for codes alone.
+        """
         if len(ids) != len(items):
             raise DataError(f"{len(ids)} semantic IDs for {len(items)} items")
         self.config = config or TigerConfig()
         self.ids, self.items = ids, items
         self.trie = Trie.build(ids.codes, ids.sizes, ids.alive)
         self.trained = ids.alive.copy() if trained is None else trained
+        if vectors is not None and len(vectors) != len(ids):
+            raise DataError(f"{len(vectors)} item vectors for {len(ids)} semantic IDs")
+        self.fitted_items = len(ids)
+        self._digest = None if vectors is None else zlib.crc32(np.ascontiguousarray(vectors).tobytes())
         torch.manual_seed(self.config.train.seed)
         self.network: CausalTiger | PaperTiger = (
             PaperTiger(ids.sizes, self.config.model)
             if isinstance(self.config.model, PaperConfig)
-            else CausalTiger(ids.sizes, self.config.model, ids.codes[self.trained])
+            else CausalTiger(
+                ids.sizes,
+                self.config.model,
+                ids.codes[self.trained],
+                None if vectors is None else vectors[self.trained],
+            )
         ).eval()
 
     @cached_property
@@ -159,6 +171,7 @@ class Tiger(Retriever):
             report,
             about={
                 "ids": self.ids.version,
+                "vectors": self._digest,
                 "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
                 **{key: value for key, value in asdict(c).items() if key != "train"},
             },
@@ -249,10 +262,11 @@ class Tiger(Retriever):
 
     # -- items that arrive later -----------------------------------------------------------------
 
-    def add_items(self, items: Vocabulary, codes: np.ndarray) -> None:
-        """Make new items recommendable at once, by their codes (M, S−1) of the frozen tokenizer.
+    def add_items(self, items: Vocabulary, codes: np.ndarray, vectors: np.ndarray | None = None) -> None:
+        """Make new items recommendable at once, by their codes (M, S−1) of the frozen tokenizer and, where
+        the network knows content, by their vectors (M, C). Nothing is learned.
 
-        items: the whole new vocabulary, old ids first. The network is left as it is.
+        items: the whole new vocabulary, old ids first.
         Raises DataError where old ids moved, CapacityError where a collision group is full.
         """
         old = len(self.items)
@@ -260,6 +274,8 @@ class Tiger(Retriever):
             raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
         ids = self.ids.add(codes, Vocabulary(items.raw.slice(old)))
         self.trie = self.trie.add(ids.codes[old:], np.arange(old, len(items)))
+        if isinstance(self.network, CausalTiger) and self.network.config.prefixes:
+            self.network = self.network.extended(ids.codes[old:], vectors)
         self.trained = np.concatenate([self.trained, np.zeros(len(items) - old, bool)])
         self.ids, self.items = ids, items
         self._forget()
@@ -312,6 +328,7 @@ class Tiger(Retriever):
         with written_aside(Path(directory)) as aside:
             kind = "paper" if isinstance(self.config.model, PaperConfig) else "causal"
             about = {"format": FORMAT, "kind": "Tiger", "network": kind, "config": asdict(self.config)}
+            about["fitted_items"] = self.fitted_items  # those after them arrived later
             (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
             pq.write_table(
                 pa.table({"item_id": self.items.raw, "trained": self.trained}), aside / "items.parquet"
@@ -338,8 +355,14 @@ class Tiger(Retriever):
             config = TigerConfig(model=model, train=TrainConfig(**training), **settings)
             table = pq.read_table(directory / "items.parquet")
             trained = table["trained"].to_numpy()
+            tensors = load_file(directory / "network.safetensors")
             self = cls(SemanticIds.load(directory), Vocabulary(table["item_id"]), config, trained)
-            self.network.load_state_dict(load_file(directory / "network.safetensors"))
+            self.fitted_items = about["fitted_items"]
+            if isinstance(model, CausalConfig) and model.prefixes:
+                width = len(tensors.get("prefixes.mean", ()))
+                network = CausalTiger(self.ids.sizes, model, self.ids.codes[trained], content_width=width)
+                self.network = network.extended(self.ids.codes[self.fitted_items :], None).eval()
+            self.network.load_state_dict(tensors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, (BundleDamagedError, BundleVersionError)):
                 raise

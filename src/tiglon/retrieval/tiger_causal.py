@@ -13,20 +13,23 @@ Deviations from the paper:
 - causal across moments rather than bidirectional; events of one moment (a basket) see each other but
   no target of their own moment;
 - relative biases count moments between events, so that old states never change when events arrive;
-- every prefix of two or more codes that a trained item has owns a vector, added to that of its last
-  code: codes say what is common, prefixes remember what is particular, down to the item itself. They
-  begin at zero, and a prefix that came after training has none;
-- reading and writing share these vectors, as sequential recommenders share item embeddings;
+- prefixes have vectors (`prefixes.py`): of their last code, of their own, and of the content of the items
+  below; reading and writing share them, as sequential recommenders share item embeddings;
+- the decoder starts from the encoder's state of the latest moment, so that with content an untrained
+  network already recommends what is like the last item;
+- the first two codes are predicted from one state by one softmax over the pairs that exist, which is both
+  better than one softmax after the other and a decoder position less;
 - the softmax runs over the codes that exist below the prefix, so that the probabilities of the
   catalogue's items sum to one and no capacity goes to learning which IDs exist;
 - no user token (reproductions find none is better).
 
-Letters: B users, L history, D width, S code positions, V codes a level, T targets, H heads,
-K beams, M = B·K code sequences.
+Letters: B users, L history, D width, S code positions, P positions of the decoder, V codes a level,
+T targets, H heads, K keys, W beams.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
+from tiglon.retrieval.prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -50,32 +54,41 @@ class CausalConfig:
     dropout: float = 0.3  # paper: 0.1
     distances: int = 32  # buckets of the relative bias, in moments; farther ones share the last
     prefixes: bool = True  # vectors of their own for the prefixes of trained items; paper: none
+    content: bool = True  # and of the content of the items below; paper: none
+    pairs: int = 65_536  # predict the first two codes together if no more pairs of them exist; paper: 0
 
 
 class Memory(NamedTuple):
-    """What the decoder reads of B users: keys and values of each layer, and the moment of each key."""
+    """What the decoder reads of B users: states, their keys and values for each layer, their moments."""
 
+    states_BKD: Tensor
     layers: list[KeysValues]
     moment_BK: Tensor  # −1 for the start state, later than everything for padding
 
 
 class CausalTiger(nn.Module):
     """sizes: codes at each of the S positions, the collision digit last.
-    codes: (N, S) IDs of the trained items, whose prefixes get vectors; None for none.
+    codes, vectors, content_width: as `Prefixes` takes them.
     """
 
     def __init__(
-        self, sizes: tuple[int, ...], config: CausalConfig | None = None, codes: np.ndarray | None = None
+        self,
+        sizes: tuple[int, ...],
+        config: CausalConfig | None = None,
+        codes: np.ndarray | None = None,
+        vectors: np.ndarray | None = None,
+        content_width: int = 0,
     ) -> None:
         super().__init__()
         self.config = c = config or CausalConfig()
         self.sizes = sizes
-        S = len(sizes)
-        self.offsets: Tensor
-        self.register_buffer("offsets", torch.tensor([sum(sizes[:s]) for s in range(S)]), persistent=False)
-        self.keys = _prefix_keys(codes if c.prefixes else None, sizes)
-        self.code = nn.Embedding(sum(sizes), c.width)
-        self.prefix = nn.Embedding(1 + sum(map(len, self.keys)), c.width)  # row 0 is no prefix's
+        codes = codes if c.prefixes else None
+        if codes is None or not c.content:
+            vectors, content_width = None, 0
+        self.prefixes = Prefixes(sizes, c.width, codes, vectors, content_width)
+        # The decoder's positions: one a code, or the first two codes share the first.
+        self.paired = int(len(sizes) > 1 and 0 < len(self.prefixes.keys[0]) <= c.pairs)
+        S = len(sizes) - self.paired
         self.start = nn.Parameter(torch.randn(c.width))  # state of an empty history
         self.begin = nn.Parameter(torch.randn(c.width))  # the decoder's first input
         block = (c.width, c.heads, c.head_width, c.hidden, c.dropout)
@@ -88,47 +101,38 @@ class CausalTiger(nn.Module):
         self.bias_encoder = nn.Parameter(torch.zeros(c.distances + 1, c.heads, 1))
         self.bias_cross = nn.Parameter(torch.zeros(c.distances + 1, c.heads, S))
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
-        nn.init.normal_(self.code.weight, std=c.width**-0.5)
-        nn.init.zeros_(self.prefix.weight)
         self.dropout = Dropout(c.dropout)
 
     # -- codes ↔ vectors -----------------------------------------------------------------------
 
-    def nodes(self, codes: Tensor) -> Tensor:
-        """(…, s) codes → (…, s) rows of `prefix` for each prefix; 0 where no trained item has it."""
-        rows = [torch.zeros_like(codes[..., 0])]  # a first code has no vector beside its own
-        index, below = codes[..., 0] + 1, 1  # number of the prefix among those of its length, from 1
-        for s, keys in enumerate(self.keys[: codes.shape[-1] - 1], start=1):
-            key = index * self.sizes[s] + codes[..., s]
-            at = torch.searchsorted(keys, key).clamp(max=max(len(keys) - 1, 0))
-            known = (keys[at] == key) & (index > 0) if len(keys) else torch.zeros_like(key, dtype=torch.bool)
-            index = torch.where(known, at + 1, 0)
-            rows.append(torch.where(known, below + at, 0))
-            below += len(keys)
-        return torch.stack(rows, dim=-1)
-
     def embed(self, codes: Tensor) -> Tensor:
         """(…, s) codes of the first s positions → (…, s, D), entries of about unit size."""
-        vectors = self.code(codes + self.offsets[: codes.shape[-1]]) + self.prefix(self.nodes(codes))
-        return vectors * self.config.width**0.5
+        return self.prefixes(codes) * self.config.width**0.5
+
+    def written(self, codes: Tensor) -> Tensor:
+        """(…, s) codes → the decoder's inputs after the first, one for each position that they fill."""
+        x = self.embed(codes)
+        if not self.paired:
+            return x
+        if codes.shape[-1] < 2:
+            return x[..., :0, :]
+        return torch.cat([x[..., :2, :].sum(dim=-2, keepdim=True) * 2**-0.5, x[..., 2:, :]], dim=-2)
 
     def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
-        """(T, V) of the code after `before` (T, s), from the decoder's state: products with its vector."""
-        s = before.shape[1]
-        offset = int(self.offsets[s])
-        logits = x_TD @ self.code.weight[offset : offset + self.sizes[s]].T
-        if s == 0 or not len(self.keys[s - 1]):
-            return logits.float()
-        keys, first = self.keys[s - 1], 1 + sum(map(len, self.keys[: s - 1]))
-        row = self.nodes(before)[:, -1] - (1 + sum(map(len, self.keys[: s - 2]))) if s > 1 else before[:, 0]
-        index = torch.where(row < 0, 0, row + 1)  # of the prefix `before`; 0 has no children
-        low, high = (torch.searchsorted(keys, (index + more) * self.sizes[s]) for more in (0, 1))
-        count = torch.where(index > 0, high - low, 0)
-        owner = torch.repeat_interleave(torch.arange(len(count)), count)
-        child = torch.arange(len(owner)) + (low - (count.cumsum(0) - count))[owner]
-        own = (x_TD[owner] * self.prefix.weight[first + child]).sum(dim=-1)
-        at = (owner, keys[child] % self.sizes[s])
-        return logits.index_put(at, own.to(logits.dtype), accumulate=True).float()
+        """(T, V) of the code after `before` (T, s), from the state of the decoder's position for it."""
+        if self.paired and before.shape[1] == 0:
+            return self.prefixes.first_logits(x_TD)
+        return self.prefixes.logits(x_TD, before)
+
+    def position(self, s: int) -> int:
+        """The decoder's position that predicts code s (0 … S−1)."""
+        return max(s - self.paired, 0)
+
+    def extended(self, codes: np.ndarray, vectors: np.ndarray | None) -> CausalTiger:
+        """This network where new items (M, S) have prefixes, and content from `vectors` (M, C), too."""
+        new = copy.copy(self)
+        new._modules = self._modules | {"prefixes": self.prefixes.extended(codes, vectors)}
+        return new
 
     @staticmethod
     def windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
@@ -182,22 +186,30 @@ class CausalTiger(nn.Module):
         for layer in self.encoder:
             x, _ = layer(x, bias)
         x = self.dropout(self.norm_encoder(x))
-        return Memory([layer.cross_attention.keys_values(x) for layer in self.decoder], moment)
+        return Memory(x, [layer.cross_attention.keys_values(x) for layer in self.decoder], moment)
+
+    def latest(self, memory: Memory, moment_BL: Tensor) -> Tensor:
+        """(B, L, D) mean of the states of the latest moment before each of L moments."""
+        key_B1K, query_BL1 = memory.moment_BK[:, None], moment_BL[..., None]
+        before = torch.where(key_B1K < query_BL1, key_B1K, -2)
+        of_latest = (before == before.amax(dim=-1, keepdim=True)).to(memory.states_BKD.dtype)
+        return of_latest / of_latest.sum(dim=-1, keepdim=True) @ memory.states_BKD
 
     # -- memory → codes ------------------------------------------------------------------------
 
     def forward(self, memory: Memory, codes_BLS: Tensor, moment_BL: Tensor) -> Tensor:
-        """(B, L, S, D) states that predict each code of L targets a user, each from its own past."""
-        B, L, S = codes_BLS.shape
-        known = self.embed(codes_BLS[..., :-1])
-        x = self.dropout(torch.cat([self.begin.expand(B, L, 1, -1), known], dim=2))
-        later = torch.ones(S, S, dtype=torch.bool).triu(1)
+        """(B, L, P, D) states at the decoder's P positions for L targets a user, each from its own past."""
+        (B, L, _), P = codes_BLS.shape, len(self.sizes) - self.paired
+        known = self.written(codes_BLS[..., :-1])
+        x = torch.cat([self.begin.expand(B, L, 1, -1), known], dim=2)
+        x = self.dropout(x + self.latest(memory, moment_BL)[:, :, None])
+        later = torch.ones(P, P, dtype=torch.bool).triu(1)
         bias_self = self.bias_self.masked_fill(later, HIDDEN)
         bias = self.relative(self.bias_cross, moment_BL, memory.moment_BK, own=False)
         for layer, kv in zip(self.decoder, memory.layers, strict=True):
-            x, _ = layer.over_codes(x.reshape(B * L, S, -1), bias_self)
-            x = layer.over_history(x.reshape(B, L * S, -1), kv, bias)
-        return self.dropout(self.norm_decoder(x)).reshape(B, L, S, -1)
+            x, _ = layer.over_codes(x.reshape(B * L, P, -1), bias_self)
+            x = layer.over_history(x.reshape(B, L * P, -1), kv, bias)
+        return self.dropout(self.norm_decoder(x)).reshape(B, L, P, -1)
 
     def loss(
         self,
@@ -212,11 +224,12 @@ class CausalTiger(nn.Module):
         allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax
             runs over them. None runs it over all V.
         """
-        states_TSD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
+        self.prefixes.forget()
+        states_TPD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
         truth_TS = codes_BLS[target_BL]
         losses = []
         for s in range(len(self.sizes)):
-            logits_TV = self.logits(states_TSD[:, s], truth_TS[:, :s])
+            logits_TV = self.logits(states_TPD[:, self.position(s)], truth_TS[:, :s])
             if allowed is not None:
                 logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
             losses.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
@@ -233,41 +246,35 @@ class CausalDecoder:
     def __init__(self, model: CausalTiger, memory: Memory, moment_B: Tensor) -> None:
         self.model = model
         self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
-        self.bias_BHSK = model.relative(model.bias_cross, moment_B[:, None], memory.moment_BK, own=False)
+        self.bias_BHPK = model.relative(model.bias_cross, moment_B[:, None], memory.moment_BK, own=False)
         self.past: list[KeysValues | None] = [None] * len(model.decoder)
+        self.latest_B1D = model.latest(memory, moment_B[:, None])
         self.written = torch.zeros(len(moment_B), 1, 0, dtype=torch.int64)  # (B, W, s) codes of each beam
+        self.state_BWD = self.latest_B1D  # of the position that was computed last
 
     @torch.inference_mode()
     def __call__(self, depth: int, beam: np.ndarray | None, code: np.ndarray | None) -> np.ndarray:
+        """Logits (B, W, V) of the code at `depth`, after `code` (B, W) was written by `beam` (B, W)."""
         model, (B, before, _) = self.model, self.written.shape
-        if beam is None or code is None:
-            x = model.begin.expand(B, 1, -1)
-        else:
+        if beam is not None and code is not None:
             rows = (torch.from_numpy(beam) + torch.arange(B)[:, None] * before).flatten()
             self.past = [kv and (kv[0][rows], kv[1][rows]) for kv in self.past]
+            self.state_BWD = self.state_BWD.flatten(0, 1)[rows].unflatten(0, beam.shape)
             written = self.written.flatten(0, 1)[rows].unflatten(0, beam.shape)
             self.written = torch.cat([written, torch.from_numpy(code)[..., None]], dim=2)
-            x = model.embed(self.written)[..., -1, :]
-        W = x.shape[1]
-        bias_self = model.bias_self[:, depth : depth + 1, : depth + 1]
-        bias = self.bias_BHSK[:, :, depth : depth + 1]
+        if depth == 0 or model.position(depth) > model.position(depth - 1):
+            self.state_BWD = self._advance(model.position(depth))
+        logits = model.logits(self.state_BWD.flatten(0, 1), self.written.flatten(0, 1))
+        return logits.unflatten(0, self.written.shape[:2]).numpy()
+
+    def _advance(self, position: int) -> Tensor:
+        """(B, W, D) states of the decoder's next position."""
+        model, (B, W, _) = self.model, self.written.shape
+        x = model.written(self.written)[..., -1, :] if position else model.begin.expand(B, 1, -1)
+        x = x + self.latest_B1D
+        bias_self = model.bias_self[:, position : position + 1, : position + 1]
+        bias = self.bias_BHPK[:, :, position : position + 1]
         for i, (layer, kv) in enumerate(zip(model.decoder, self.layers, strict=True)):
             x, self.past[i] = layer.over_codes(x.reshape(B * W, 1, -1), bias_self, self.past[i])
             x = layer.over_history(x.reshape(B, W, -1), kv, bias)
-        states = model.norm_decoder(x).flatten(0, 1)
-        return model.logits(states, self.written.flatten(0, 1)).unflatten(0, (B, W)).numpy()
-
-
-def _prefix_keys(codes: np.ndarray | None, sizes: tuple[int, ...]) -> list[Tensor]:
-    """For each length 2 … S the prefixes of `codes`, ascending: number of the shorter one · V + code.
-
-    Prefixes of one length are numbered from 1 in this order; a first code c has the number c + 1.
-    """
-    if codes is None:
-        return [torch.empty(0, dtype=torch.int64) for _ in sizes[1:]]
-    index, keys = codes[:, 0].astype(np.int64) + 1, []
-    for s, size in enumerate(sizes[1:], start=1):
-        distinct, at = np.unique(index * size + codes[:, s], return_inverse=True)
-        keys.append(torch.from_numpy(distinct))
-        index = at + 1
-    return keys
+        return model.norm_decoder(x)

@@ -265,8 +265,8 @@ class Bundle:
     def add_items(self, source: Table) -> Bundle:
         """With the items of a table that are new; they can be recommended at once.
 
-        Their IDs come from the frozen tokenizer; those of known items, and the network, stay as they are,
-        and so do the neighbours: they know the items of the training only. Items that are known already
+        Their IDs and their vectors come from the frozen tokenizer and encoder; those of known items, and what
+        the network learned, stay as they are, and so do the neighbours: they know the items of the training only. Items that are known already
         are left alone. Raises SchemaError, CapacityError.
         """
         given = read_items(source)
@@ -282,7 +282,8 @@ class Bundle:
         arrivals = Items(Vocabulary(new["item_id"]), new)
         model = copy.copy(self.tiger)
         vectors = self.text.vectors(arrivals)
-        model.add_items(joined.vocabulary, codes_of(self.tokenizer, vectors, arrivals.vocabulary))
+        codes = codes_of(self.tokenizer, vectors, arrivals.vocabulary)
+        model.add_items(joined.vocabulary, codes, vectors)
         both = np.concatenate([self.vectors, vectors])
         return replace(self, items=joined, tiger=model, vectors=both, manifest={}, path=None)
 

@@ -1,0 +1,233 @@
+"""Vectors of code prefixes: what is common, what is particular, and what the item says of itself.
+
+    vector of (c_1 … c_s)  =  vector of c_s at position s  +  own vector of the prefix  +  content of the prefix
+
+The own vector remembers what is particular, down to the item itself; every prefix of a trained item has
+one, beginning at zero. Content is the mean item vector below the prefix less that of the prefix one code
+shorter, through one learned projection: along an item's path the parts add up to its own projected vector.
+So what the projection learns from items with many events holds for those with few, and for one that
+arrives tomorrow, whose own vectors are zero.
+
+Letters: N items, S code positions, V codes a position, C width of item vectors, D width, R prefixes (rows).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QUIET = 0.1  # size of a code's first random vector where content speaks from the start
+
+
+class Prefixes(nn.Module):
+    """sizes: codes at each of the S positions.   codes: (N, S) of the trained items; None for no vectors of
+    prefixes.   vectors: (N, C) of the same items, or None for no content.
+    content_width: C where the content is to come from a file rather than from `vectors`.
+
+    Row 0 is for prefixes that no trained item has; rows 1 … V are the first codes.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        width: int,
+        codes: np.ndarray | None = None,
+        vectors: np.ndarray | None = None,
+        content_width: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        content_width = content_width if vectors is None or codes is None else vectors.shape[1]
+        self.offsets = [sum(sizes[1:s]) for s in range(len(sizes))]  # of a position's codes in `code`
+        self.keys, self.rows, paths = _number(codes, sizes)
+        count = 1 + sizes[0] + sum(map(len, self.keys))
+        self.code = nn.Embedding(sum(sizes[1:]), width)
+        self.own = nn.Embedding(count, width)
+        std = (QUIET if content_width else 1.0) * width**-0.5
+        nn.init.normal_(self.code.weight, std=std)
+        nn.init.zeros_(self.own.weight)
+        nn.init.normal_(self.own.weight[1 : 1 + sizes[0]], std=std)
+        self.content: Tensor | None = None  # (R, C), while learning
+        self.projected: Tensor | None  # (R, D), content through the projection, while answering
+        self.register_buffer("projected", torch.zeros(count, width) if content_width else None)
+        if content_width:
+            self.project = nn.Parameter(torch.zeros(content_width, width))
+            self.mean: Tensor
+            self.register_buffer("mean", torch.zeros(content_width))
+        if codes is not None and vectors is not None:
+            self.mean += torch.from_numpy(vectors.mean(axis=0))
+            centred = self._centred(vectors)
+            self.content = torch.from_numpy(_residual_means(centred, paths, count))
+            _, _, axes = np.linalg.svd(centred.T @ centred)
+            axes = axes[:width]  # the principal axes: at first, products are those of the item vectors
+            with torch.no_grad():
+                self.project[:, : len(axes)] = torch.from_numpy(axes.T)
+        self._vectors: list[Tensor] = []  # of the parameters as they are; a list, as it is no state
+
+    def _centred(self, vectors: np.ndarray) -> np.ndarray:
+        """Less the mean, and of length 1."""
+        centred = vectors - self.mean.numpy()
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        return (centred / np.maximum(length, 1e-6)).astype(np.float32)
+
+    # -- vectors -------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Prefixes:
+        """As torch's; entering evaluation fixes the projected content."""
+        if not mode and self.content is not None:
+            with torch.no_grad():
+                self.projected = self.content @ self.project
+        self.forget()
+        return super().train(mode)
+
+    def forget(self) -> None:
+        """The parameters changed."""
+        self._vectors = []
+
+    def vectors(self) -> Tensor:
+        """(R, D) own vectors with content; those of the last position's code are not in them."""
+        if not self._vectors:
+            own = self.own.weight
+            if self.training and self.content is not None:
+                own = own + self.content @ self.project
+            elif self.projected is not None:
+                own = own + self.projected
+            self._vectors = [own.float()]
+        return self._vectors[0]
+
+    def nodes(self, codes: Tensor) -> Tensor:
+        """(…, s) codes → (…, s) rows of their prefixes; 0 where no trained item has it."""
+        row = codes[..., 0] + 1
+        rows = [row]
+        for s in range(1, codes.shape[-1]):
+            keys = self.keys[s - 1]
+            key = row * self.sizes[s] + codes[..., s]
+            if len(keys):
+                at = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+                row = torch.where((keys[at] == key) & (row > 0), self.rows[s - 1][at], 0)
+            else:
+                row = torch.zeros_like(row)
+            rows.append(row)
+        return torch.stack(rows, dim=-1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(…, s) codes of the first s positions → (…, s, D) vectors of the prefixes that end there."""
+        own = F.embedding(self.nodes(codes), self.vectors())
+        if codes.shape[-1] == 1:
+            return own
+        offsets = torch.tensor(self.offsets[1 : codes.shape[-1]])
+        return own + F.pad(self.code(codes[..., 1:] + offsets), (0, 0, 1, 0))
+
+    # -- logits --------------------------------------------------------------------------------
+
+    def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
+        """(T, V) products of states with the vectors of each code after `before` (T, s)."""
+        s = before.shape[1]
+        vectors = self.vectors()
+        if s == 0:
+            return (x_TD @ vectors[1 : 1 + self.sizes[0]].T).float()
+        own = self.code.weight[self.offsets[s] : self.offsets[s] + self.sizes[s]]
+        logits = x_TD @ own.T
+        keys = self.keys[s - 1]
+        row = self.nodes(before)[:, -1]
+        low, high = (torch.searchsorted(keys, (row + more) * self.sizes[s]) for more in (0, 1))
+        count = torch.where(row > 0, high - low, 0)
+        owner = torch.repeat_interleave(torch.arange(len(count)), count)
+        child = torch.arange(len(owner)) + (low - (count.cumsum(0) - count))[owner]
+        product = (x_TD[owner] * F.embedding(self.rows[s - 1][child], vectors)).sum(dim=-1)
+        at = (owner, keys[child] % self.sizes[s])
+        return logits.index_put(at, product.to(logits.dtype), accumulate=True).float()
+
+    def first_logits(self, x_TD: Tensor) -> Tensor:
+        """(T, V) of the first code: log of what its pairs with a second code have together.
+
+        With these, p(c_1)·p(c_2 | c_1) is one softmax over all pairs: a first code is as likely as the
+        items below it make it, rather than as their mean vector does. One without pairs has its own product.
+        """
+        vectors, keys = self.vectors(), self.keys[0]
+        first, second = keys // self.sizes[1], keys % self.sizes[1]
+        pairs = F.embedding(first, vectors) + F.embedding(self.rows[0], vectors) + self.code(second)
+        logits = (x_TD @ pairs.T).float()
+        top = logits.amax(dim=-1, keepdim=True)
+        alone = (x_TD @ vectors[1 : 1 + self.sizes[0]].T).float()
+        mass = torch.zeros_like(alone).index_add(-1, first - 1, (logits - top).exp())
+        return torch.where(mass > 0, mass.clamp(min=1e-30).log() + top, alone)
+
+    # -- items that arrive later -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def extended(self, codes: np.ndarray, vectors: np.ndarray | None) -> Prefixes:
+        """These with rows for the new prefixes of new items (M, S): own vectors zero, content from `vectors`
+        (M, C). Rows are numbered in the order of the items, so all at once or one by one is the same.
+        """
+        count, width = self.own.weight.shape
+        projected = self.projected if vectors is not None else None
+        goal = torch.zeros(len(codes), width)
+        if projected is not None and vectors is not None:
+            goal = torch.from_numpy(self._centred(vectors)) @ self.project
+        known = [
+            dict(zip(keys.tolist(), rows.tolist(), strict=True))
+            for keys, rows in zip(self.keys, self.rows, strict=True)
+        ]
+        content = [torch.zeros(width)][:0]
+        for item, rest in zip(codes.tolist(), goal, strict=True):
+            row = item[0] + 1
+            for s, code in enumerate(item):
+                if s:
+                    key = row * self.sizes[s] + code
+                    row = known[s - 1].setdefault(key, count + len(content))
+                    if row == count + len(content):
+                        content.append(rest)
+                if projected is not None:
+                    rest = rest - (projected[row] if row < count else content[row - count])
+        more = torch.stack(content) if content else torch.zeros(0, width)
+        new = copy.copy(self)
+        new._parameters, new._buffers = dict(self._parameters), dict(self._buffers)
+        new._modules = dict(self._modules)
+        ordered = [sorted(mapping.items()) for mapping in known]
+        new.keys = [torch.tensor([key for key, _ in pairs], dtype=torch.int64) for pairs in ordered]
+        new.rows = [torch.tensor([row for _, row in pairs], dtype=torch.int64) for pairs in ordered]
+        own = torch.cat([self.own.weight, torch.zeros_like(more)])
+        new.own = nn.Embedding.from_pretrained(own, freeze=False)
+        new.projected = None if self.projected is None else torch.cat([self.projected, more])
+        new.content = None  # from here on it is fixed
+        new.forget()
+        return new
+
+
+def _number(
+    codes: np.ndarray | None, sizes: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
+    """For each length 2 … S: keys of the prefixes, ascending, and their rows; and rows (N, S) of each item.
+
+    A key is the row of the prefix one code shorter · V + code.
+    """
+    if codes is None:
+        empty = torch.empty(0, dtype=torch.int64)
+        return [empty for _ in sizes[1:]], [empty for _ in sizes[1:]], np.empty((0, len(sizes)), np.int64)
+    row, count = codes[:, 0].astype(np.int64) + 1, 1 + sizes[0]
+    keys, rows, paths = [], [], [row]
+    for s, size in enumerate(sizes[1:], start=1):
+        distinct, at = np.unique(row * size + codes[:, s], return_inverse=True)
+        keys.append(torch.from_numpy(distinct))
+        rows.append(torch.arange(count, count + len(distinct)))
+        row, count = count + at.ravel(), count + len(distinct)
+        paths.append(row)
+    return keys, rows, np.stack(paths, axis=1)
+
+
+def _residual_means(vectors: np.ndarray, paths: np.ndarray, count: int) -> np.ndarray:
+    """(R, C): the mean vector of the items below each prefix, less that of the prefix one code shorter."""
+    means = np.zeros((count, vectors.shape[1]), np.float32)
+    residual = np.zeros_like(means)
+    parent = np.zeros_like(vectors)
+    for rows in paths.T:
+        np.add.at(means, rows, vectors)
+        means[rows] /= np.bincount(rows, minlength=count)[rows][:, None]
+        residual[rows] = means[rows] - parent
+        parent = means[rows]
+    return residual

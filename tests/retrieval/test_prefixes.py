@@ -1,0 +1,137 @@
+"""Vectors of prefixes: rows, content that adds up, one softmax over pairs, items that arrive later."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tiglon.retrieval.prefixes import Prefixes
+
+torch.set_num_threads(1)
+
+SIZES = (4, 3, 5)
+N, C, D = 14, 6, 16
+RNG = np.random.default_rng(0)
+CODES = RNG.permutation(list(itertools.product(*map(range, SIZES))))[:N].astype(np.int32)
+VECTORS = RNG.normal(size=(N, C)).astype(np.float32)
+ALL = torch.from_numpy(CODES.astype(np.int64))
+
+
+def prefixes(some=slice(None)):
+    """With random own vectors: at zero, where they begin, a wrong row would not show."""
+    torch.manual_seed(0)
+    made = Prefixes(SIZES, D, CODES[some], VECTORS[some])
+    torch.nn.init.normal_(made.own.weight[1:].data)
+    return made.eval()
+
+
+def centred(vectors, of=VECTORS):
+    vectors = vectors - of.mean(axis=0)
+    return torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def test_every_prefix_of_a_trained_item_has_one_row_and_new_ones_have_none():
+    made = prefixes(slice(9))
+    rows = made.nodes(ALL)
+    assert rows[:, 0].tolist() == (CODES[:, 0] + 1).tolist()
+    named = {}
+    for i, codes in enumerate(CODES.tolist()):
+        for s in range(1, len(SIZES)):
+            prefix = tuple(codes[: s + 1])
+            trained = any(tuple(other[: s + 1]) == prefix for other in CODES[:9].tolist())
+            assert (rows[i, s] > 0) == trained
+            if trained:
+                assert named.setdefault(prefix, rows[i, s].item()) == rows[i, s].item()
+    assert len(set(named.values())) == len(named) == len(made.own.weight) - 1 - SIZES[0]
+
+
+def test_content_along_a_path_adds_up_to_the_items_own():
+    made = prefixes()
+    total = made.projected[made.nodes(ALL)].sum(dim=1)
+    torch.testing.assert_close(total, centred(VECTORS) @ made.project.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_at_first_products_of_content_are_those_of_the_item_vectors():
+    """The projection begins as principal axes: with D ≥ C nothing is lost."""
+    made = prefixes()
+    total = made.projected[made.nodes(ALL)].sum(dim=1)
+    goal = centred(VECTORS)
+    torch.testing.assert_close(total @ total.T, goal @ goal.T, rtol=1e-4, atol=1e-5)
+
+
+def test_content_of_a_prefix_is_the_mean_of_the_items_below():
+    made = prefixes()
+    path = made.projected[made.nodes(ALL)].cumsum(dim=1)
+    goal = centred(VECTORS) @ made.project.detach()
+    for i, codes in enumerate(CODES):
+        for s in range(1, len(SIZES) + 1):
+            below = (CODES[:, :s] == codes[:s]).all(axis=1)
+            torch.testing.assert_close(path[i, s - 1], goal[below].mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_projection_learns_moves_every_item():
+    made = prefixes().train()
+    made.vectors()[made.nodes(ALL[:1])].sum().backward()
+    assert made.project.grad.abs().max() > 0
+    assert (made.own.weight.grad.abs().sum(dim=1) > 0).sum() == len(SIZES)  # and only its own rows
+
+
+def test_logits_are_products_with_the_vectors_that_are_read():
+    made = prefixes(slice(9))
+    x = torch.randn(N, D)
+    for s in range(len(SIZES)):
+        found = made.logits(x, ALL[:, :s])
+        for i, c in itertools.product(range(N), range(SIZES[s])):
+            written = torch.cat([ALL[i, :s], torch.tensor([c])])
+            torch.testing.assert_close(found[i, c], x[i] @ made(written)[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_first_codes_weigh_what_their_pairs_weigh():
+    made = prefixes(slice(4))  # some first codes have no item
+    x = torch.randn(3, D)
+    found = made.first_logits(x)
+    for first in range(SIZES[0]):
+        pairs = {tuple(codes[:2]) for codes in CODES[:4].tolist() if codes[0] == first}
+        vectors = [made(torch.tensor(pair)).sum(dim=0) for pair in pairs]
+        alone = x @ made(torch.tensor([first]))[0]
+        goal = torch.logsumexp(torch.stack([x @ v for v in vectors], dim=1), dim=1) if pairs else alone
+        torch.testing.assert_close(found[:, first], goal, rtol=1e-4, atol=1e-4)
+    assert len({codes[0] for codes in CODES[:4].tolist()}) < SIZES[0]
+
+
+def test_items_that_arrive_bring_their_content_and_move_nothing():
+    made = prefixes(slice(9))
+    before = made(ALL[:9]).detach()
+    longer = made.extended(CODES[9:], VECTORS[9:])
+    torch.testing.assert_close(longer(ALL[:9]), before)
+    rows = longer.nodes(ALL)
+    assert (rows > 0).all()
+    total = longer.projected[rows].sum(dim=1)
+    goal = centred(VECTORS, VECTORS[:9]) @ made.project.detach()
+    torch.testing.assert_close(total, goal, rtol=1e-4, atol=1e-5)
+    assert (longer.own.weight[len(made.own.weight) :] == 0).all()
+    assert (made.nodes(ALL[9:])[:, -1] == 0).all()  # the old one does not know them
+
+
+def test_one_by_one_is_all_at_once():
+    together = prefixes(slice(9)).extended(CODES[9:], VECTORS[9:])
+    alone = prefixes(slice(9))
+    for i in range(9, N):
+        alone = alone.extended(CODES[i : i + 1], VECTORS[i : i + 1])
+    torch.testing.assert_close(alone(ALL), together(ALL))
+    torch.testing.assert_close(alone.nodes(ALL), together.nodes(ALL))
+
+
+@pytest.mark.parametrize("vectors", [None, VECTORS])
+def test_without_new_vectors_or_without_content_new_prefixes_are_silent(vectors):
+    made = Prefixes(SIZES, D, CODES[:9], VECTORS[:9] if vectors is None else None).eval()
+    longer = made.extended(CODES[9:], vectors)
+    new = longer.nodes(ALL[9:])[:, -1]
+    assert (longer.vectors()[new] == 0).all()
+
+
+def test_without_codes_only_first_codes_have_rows():
+    made = Prefixes(SIZES, D)
+    assert (made.nodes(ALL)[:, 1:] == 0).all()
+    assert made(ALL).shape == (N, len(SIZES), D)
