@@ -18,6 +18,7 @@ from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, Mos
 from tiglon.ranking.ranker import Interest, InterestUnit, Ranker, RankerConfig
 from tiglon.ranking.sdim import Sdim
 from tiglon.ranking.sim import SimHard, SimSoft
+from tiglon.ranking.twin_v2 import TwinV2
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
 SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
@@ -25,6 +26,7 @@ SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
     "SIM hard": lambda embed, k: SimHard(embed, category=1, k=k),
     "SIM soft": lambda embed, k: SimSoft(embed, k=k),
     "ETA": lambda embed, k: Eta(embed, k=k),
+    "TWIN V2": lambda embed, k: TwinV2(embed, k=k),
 }
 
 UNITS: dict[str, Callable[[FeatureEmbedding], InterestUnit]] = {

@@ -8,7 +8,8 @@ from tiglon.nn.heads import merge, ranked
 from tiglon.nn.search import attend
 from tiglon.ranking.clusters import ClusterConfig, Groups, cluster_life
 from tiglon.ranking.pooling import FullAttention
-from tiglon.ranking.twin_v2 import KeyCache, TwinV2
+from tiglon.ranking.twin import Twin
+from tiglon.ranking.twin_v2 import TwinV2
 from tiglon.types import Behaviours
 
 N, L, CROSS_SIZES = 12, 300, (5, 7)
@@ -50,9 +51,7 @@ def life(n: int = L, seed: int = 0) -> Behaviours:
 def clustered(past: Behaviours, leaf: np.ndarray) -> Behaviours:
     """One entry a leaf: the oldest member, with the size."""
     _, first, size = np.unique(leaf, return_index=True, return_counts=True)
-    return past.take(torch.from_numpy(first)[None])._replace(
-        size=torch.from_numpy(size)[None].to(torch.float64)
-    )
+    return past.take(torch.from_numpy(first)[None])._replace(size=torch.from_numpy(size)[None].float())
 
 
 # -- clusters of like behaviours are the behaviours ------------------------------------------------------------
@@ -69,6 +68,7 @@ def test_clusters_of_like_behaviours_are_the_raw_life(embed, largest):
         config=ClusterConfig(largest=largest),
     )
     virtual = clustered(past, leaf)
+    virtual = virtual._replace(size=virtual.size.double())
     assert virtual.size.sum() == L
     assert virtual.item.shape[1] == sum(-(-c // largest) for c in np.bincount(item))
     embed, unit = embed.double(), made(embed, k=L).double()
@@ -110,10 +110,15 @@ def test_enough_clusters_are_full_attention(embed):
     )
 
 
-def test_without_sizes_every_entry_is_one(embed):
+def test_one_behaviour_a_cluster_is_twin(embed):
     past, unit = life(), made(embed, k=20)
-    sized = past._replace(size=torch.ones(1, L))
-    torch.testing.assert_close(unit(embed, CANDIDATES, past).vector, unit(embed, CANDIDATES, sized).vector)
+    twin = Twin(embed, k=20, heads=3, head_width=8, width=16).eval()
+    twin.load_state_dict(unit.state_dict())
+    leaf = cluster_life(np.eye(N)[past.item[0].numpy()], config=ClusterConfig(largest=1))
+    for single in (past, clustered(past, leaf)):
+        found, expected = unit(embed, CANDIDATES, single), twin(embed, CANDIDATES, past)
+        assert torch.equal(found.chosen, expected.chosen)
+        torch.testing.assert_close(found.vector, expected.vector)
 
 
 # -- the cache -------------------------------------------------------------------------------------------------
@@ -149,12 +154,10 @@ def test_an_unknown_item_is_found_in_the_cache(embed):
 
 def test_a_cache_of_another_catalogue_is_refused(embed):
     unit = made(embed)
-    cache = KeyCache.build(embed, unit.attention)
+    unit.refresh(embed)
     other = FeatureEmbedding(np.zeros((N + 1, 2), np.int64), (N + 1, 3), (12, 4), CROSS_SIZES)
-    with pytest.raises(
-        DataError, match=r"a cache of catalogue \w{16} for items of catalogue .*Call refresh\(embed\)\."
-    ):
-        unit.use(cache, other)
+    with pytest.raises(DataError, match=r"an item cache of 12 items, .*unit\.refresh\(embed\)\."):
+        unit.use(unit.cache, other)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True])
