@@ -105,17 +105,24 @@ def search(
     query = torch.nn.functional.pad(query_BKAd.detach().float(), (0, -d % _STEP)).contiguous().numpy()
     table, first = table_VA.detach().float().contiguous().numpy(), first_J.numpy()
     row, code, mask = (x.contiguous().numpy() for x in (row_BL, past.cross, past.mask))
-    size = np.empty((B, 0), np.float32) if past.size is None else past.size.float().contiguous().numpy()
+    log_size = np.empty((B, 0), np.float32)
+    if past.size is not None:
+        log_size = past.size.float().clamp(min=1).log().contiguous().numpy()
     threads = torch.get_num_threads()
     # Several requests keep the threads busy whole; a single one is cut along its history.
     shards = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
+    # One kernel for the three storages: the two that are not meant are empty.
+    numbers = [
+        keys.number if keys.number.dtype == dtype else np.empty((0, A), dtype)
+        for dtype in (np.uint32, np.uint16, np.int8)
+    ]
     cuts = np.linspace(0, L, shards + 1).astype(np.int64)
     best = np.full((B, shards, K * A, n), _EMPTY)
 
     def scan(job: int) -> None:
         b, s = divmod(job, shards)
         _scan(
-            query[b], keys.number, keys.scale, row[b], code[b], mask[b], size[b], table, first,
+            query[b], *numbers, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
             cuts[s], cuts[s + 1], best[b, s],
         )  # fmt: skip
 
@@ -126,9 +133,9 @@ def search(
     else:
         for job in jobs:
             scan(job)
-    if shards > 1:
-        best = np.sort(best.transpose(0, 2, 1, 3).reshape(B, K * A, shards * n), axis=-1)[..., : -n - 1 : -1]
-    entry = np.ascontiguousarray(best).reshape(B, K, A, n)
+    entry = best.transpose(0, 2, 1, 3).reshape(B, K, A, shards * n)
+    entry.sort(axis=-1)
+    entry = entry[..., ::-1][..., :n]
     return torch.from_numpy(_score_of(entry)), torch.from_numpy(_position_of(entry))
 
 
@@ -177,6 +184,8 @@ def _merge(lists: np.ndarray, seen: np.ndarray, chosen: np.ndarray) -> None:
 # An entry is a score and a position in one integer: the float's bits, made to grow with it, above the position.
 # Entries are unique, and greater means a higher score, or the same and newer.
 
+_NOTHING = int(np.float32(-np.inf).view(np.int32)) ^ 0x7FFFFFFF  # the score −inf
+
 
 def _score_of(entry: np.ndarray) -> np.ndarray:
     bits = (entry >> 32).astype(np.int32)
@@ -191,37 +200,40 @@ def _position_of(entry: np.ndarray) -> np.ndarray:
 @njit(nogil=True, cache=True)
 def _scan(
     query: np.ndarray,
-    number: np.ndarray,
+    wide: np.ndarray,
+    half: np.ndarray,
+    small: np.ndarray,
     scale: np.ndarray,
     row: np.ndarray,
     code: np.ndarray,
     mask: np.ndarray,
-    size: np.ndarray,
+    log_size: np.ndarray,
     table: np.ndarray,
     first: np.ndarray,
     begin: int,
     end: int,
     best: np.ndarray,
 ) -> None:
-    """One request: fill `best` (K · A, n) with each list's greatest entries of positions begin … end, in order."""
+    """One request: fill `best` (K · A, n) with each list's greatest entries of positions begin … end."""
     K, A, d = query.shape
     n = best.shape[1]
     count = np.zeros(K * A, np.int64)
-    least = np.full(K * A, -np.inf, np.float32)
+    least = np.full(K * A, _NOTHING, np.int32)
     key_bits = np.zeros((_CHUNK // _TILE, A * d, _STRIDE), np.uint32)
     key = key_bits.view(np.float32)
     steps = key.reshape(_CHUNK // _TILE, A, d // _STEP, _STEP, _STRIDE)
     bias = np.empty((A, _CHUNK // _TILE, _TILE), np.float32)
     alpha = np.empty((2, _CHUNK // _TILE, _TILE), np.float32)
+    bits = alpha.view(np.int32)
     entry = np.empty(n + _CHUNK, np.int64)
 
     for stop in range(end, begin, -_CHUNK):
         start = max(stop - _CHUNK, begin)
-        if not mask[start:stop].any():
-            continue
-        tiles = (stop - start + _TILE - 1) // _TILE
-        _load(number, scale, row, start, stop, key_bits, key)
-        _add_bias(code, mask, size, table, first, start, stop, bias)
+        while stop > start and not mask[stop - 1]:
+            stop -= 1
+        tiles = (stop - start + _TILE - 1) // _TILE  # none of a chunk of padding
+        _load(wide, half, small, scale, row, start, stop, key_bits, key)
+        _add_bias(code, mask, log_size, table, first, start, stop, bias)
         for a in range(A):
             for k in range(0, K, 2):
                 other = min(k + 1, K - 1)
@@ -234,58 +246,56 @@ def _scan(
                         alpha[0, tile],
                         alpha[1, tile],
                     )
-                for c in range(k, other + 1):
+                for c in range(k, other + 1 if tiles else k):
                     at = c * A + a
-                    held = _join(alpha[c - k, :tiles], start, least[at], best[at], count[at], entry)
+                    held = _join(bits[c - k, :tiles], start, least[at], best[at], count[at], entry)
                     count[at] = min(held, n)
                     if held >= n:
-                        least[at] = _score(best[at, n - 1])
-
-    for at in range(K * A):
-        best[at] = np.sort(best[at])[::-1]
+                        least[at] = best[at, n - 1] >> 32
 
 
 @njit(nogil=True, cache=True)
-def _join(
-    alpha: np.ndarray, start: int, least: np.float32, best: np.ndarray, held: int, entry: np.ndarray
-) -> int:
-    """Keep the n greatest of best[:held] and a chunk's scores (tiles, tile) above `least`; how many there were.
+def _join(bits: np.ndarray, start: int, least: int, best: np.ndarray, held: int, entry: np.ndarray) -> int:
+    """Keep the n greatest of best[:held] and of a chunk's scores above `least`; how many there were.
 
-    Every lane of the tiles has a maximum, and the n-th greatest of these maxima is a score that n behaviours
-    reach: few others do, and only they are looked at.
+    bits: (tiles, tile) int32, those of the scores. Every lane of the tiles has a maximum, and the n-th greatest
+    of these maxima is a score that n behaviours reach: few others do, and only they are looked at.
     """
     n = len(best)
-    greatest = alpha[0].copy()
-    for tile in range(1, len(alpha)):
+    greatest = np.full(_TILE, _NOTHING, np.int32)
+    for tile in range(len(bits)):
+        row = bits[tile]
         for i in range(_TILE):
-            greatest[i] = max(greatest[i], alpha[tile, i])
+            row[i] ^= (row[i] >> 31) & 0x7FFFFFFF
+            greatest[i] = max(greatest[i], row[i])
     above = 0
     for i in range(_TILE):
-        above += np.int32(greatest[i] > least)
+        above += int(greatest[i] > least)
     if above == 0:
         return held
     if above > n:
         maxima = greatest.copy()
         _greatest_first(maxima, _TILE, n)
-        least = max(least, np.nextafter(maxima[n - 1], np.float32(-np.inf)))
-    entry[:held] = best[:held]
-    bits = alpha.view(np.int32)
+        least = max(least, maxima[n - 1] - 1)
+    for i in range(held):
+        entry[i] = best[i]
     for i in range(_TILE):
         if greatest[i] > least:
-            for tile in range(len(alpha)):
-                high = np.int64(bits[tile, i])
-                high ^= (high >> 63) & 0x7FFFFFFF
-                entry[held] = (high << 32) | (start + tile * _TILE + i)
-                held += np.int64(alpha[tile, i] > least)
+            for tile in range(len(bits)):
+                entry[held] = (np.int64(bits[tile, i]) << 32) | (start + tile * _TILE + i)
+                held += int(bits[tile, i] > least)
     if held > n:
         _greatest_first(entry, held, n)
-    best[: min(held, n)] = entry[: min(held, n)]
+    for i in range(min(held, n)):
+        best[i] = entry[i]
     return held
 
 
 @njit(nogil=True, cache=True)
 def _load(
-    number: np.ndarray,
+    wide: np.ndarray,
+    half: np.ndarray,
+    small: np.ndarray,
     scale: np.ndarray,
     row: np.ndarray,
     start: int,
@@ -295,27 +305,28 @@ def _load(
 ) -> None:
     """Gather the chunk's keys as float32, dimension by dimension; dimensions beyond the stored ones stay 0."""
     heads = scale.shape[1]
-    d, width = key.shape[1] // heads, number.shape[1] // heads
-    shift = np.uint32(16) if number.itemsize == 2 else np.uint32(0)
+    d, width = key.shape[1] // heads, max(wide.shape[1], half.shape[1], small.shape[1]) // heads
+    count = len(wide) + len(half) + len(small)
     for i in range(stop - start):
         tile, lane = divmod(i, _TILE)
         item = row[start + i]
-        item = item if item >= 0 else len(number) + item
+        item = item if item >= 0 else count + item
         for a in range(heads):
-            if len(scale):
-                worth = scale[item, a]
-                for j in range(width):
-                    key[tile, a * d + j, lane] = np.float32(number[item, a * width + j]) * worth
-            else:
-                for j in range(width):
-                    key_bits[tile, a * d + j, lane] = np.uint32(number[item, a * width + j]) << shift
+            for j in range(width):
+                at, number = a * d + j, a * width + j
+                if len(wide):
+                    key_bits[tile, at, lane] = wide[item, number]
+                elif len(half):
+                    key_bits[tile, at, lane] = np.uint32(half[item, number]) << np.uint32(16)
+                else:
+                    key[tile, at, lane] = np.float32(small[item, number]) * scale[item, a]
 
 
 @njit(nogil=True, cache=True)
 def _add_bias(
     code: np.ndarray,
     mask: np.ndarray,
-    size: np.ndarray,
+    log_size: np.ndarray,
     table: np.ndarray,
     first: np.ndarray,
     start: int,
@@ -323,19 +334,16 @@ def _add_bias(
     bias: np.ndarray,
 ) -> None:
     """What the chunk's cross features and sizes add to α, (A, tiles, tile); −inf on padding and past the end."""
-    bias[:] = -np.inf
-    bias = bias.reshape(len(bias), _CHUNK)
-    for i in range(stop - start):
-        if not mask[start + i]:
-            continue
-        for a in range(len(bias)):
-            bias[a, i] = 0.0
-        for j in range(len(first)):
-            at = first[j] + code[start + i, j]
-            for a in range(len(bias)):
-                bias[a, i] += table[at, a]
-        if len(size):
-            bias[:, i] += np.float32(np.log(max(size[start + i], np.float32(1))))
+    for a in range(len(bias)):
+        for i in range(start, start + _CHUNK):
+            tile, lane = divmod(i - start, _TILE)
+            if i >= stop or not mask[i]:
+                bias[a, tile, lane] = -np.inf
+                continue
+            total = log_size[i] if len(log_size) else np.float32(0)
+            for j in range(len(first)):
+                total += table[first[j] + code[i, j], a]
+            bias[a, tile, lane] = total
 
 
 # "contract" allows fused multiply-add and nothing else: it never reorders the sum.
@@ -367,14 +375,6 @@ def _dot(
             x += q3 * key[3, i]
             y += p3 * key[3, i]
             one[i], two[i] = x, y
-
-
-@njit(nogil=True, cache=True)
-def _score(entry: int) -> float:
-    bits = np.empty(1, np.int32)
-    high = entry >> 32
-    bits[0] = high ^ ((high >> 63) & 0x7FFFFFFF)
-    return bits.view(np.float32)[0]
 
 
 @njit(nogil=True, cache=True)

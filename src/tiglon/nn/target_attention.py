@@ -14,6 +14,8 @@ item, J cross features, C width of a cross feature, D width of the interest.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,18 @@ class TargetAttention(nn.Module):
     def bias(self, cross: Tensor) -> Tensor:
         """(…, L, J, C) → (…, A, L): (K_c W^c) β."""
         return torch.einsum("...ljc,jc,aj->...al", cross, self.cross, self.beta)
+
+    def bias_table(self, crosses: Iterable[nn.Embedding]) -> tuple[Tensor, Tensor]:
+        """The same bias as a number a code and head, for the search to look up.
+
+        crosses: one table of V_j codes a cross feature. Returns (V, A), one feature's codes after the other's,
+        and (J,) where each feature's begin.
+        """
+        tables = [
+            (table.weight @ self.cross[j])[:, None] * self.beta[:, j] for j, table in enumerate(crosses)
+        ]
+        sizes = torch.tensor([len(table) for table in tables], dtype=torch.int64)
+        return torch.cat([*tables, torch.zeros(0, self.heads)]), sizes.cumsum(0) - sizes
 
     def score(
         self, query_BKAd: Tensor, key: Tensor, bias: Tensor, mask: Tensor, size: Tensor | None
