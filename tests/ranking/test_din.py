@@ -185,6 +185,7 @@ def test_the_unit_returns_its_l2_in_training_when_asked():
     embed = embedding()
     behaviours = past(2, 4)
     behaviours.mask[:, 2:] = False
+    behaviours.item[:] = torch.tensor([1, 2, 8, 9])  # the last two pad
     item_count = torch.ones(N + 1)
     unit = DIN(embed, l2=0.01, item_count=item_count)
     used = torch.cat([ITEM.flatten(), behaviours.item[:, :2].flatten()])

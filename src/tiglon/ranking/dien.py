@@ -16,7 +16,8 @@ Deviations
   pair is left out. The loss is a mean over pairs rather than over users.
 - An entry that stands for n behaviours is one step.
 
-Cost: `longest` steps of (B·K, H) × (H, 3H); 50 steps at B = 8, K = 10, H = 64 take 18 ms forward on one core.
+Cost: `longest` steps of (B·K, H) × (H, 3H); at B = 8, K = 10, H = 64, 50 behaviours
+take 15 ms of one core to read and 42 ms to train on.
 
 Letters: B requests, K candidates, L behaviours, H width of an item and of all states, R real behaviours.
 """
