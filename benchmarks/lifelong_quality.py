@@ -8,6 +8,9 @@ each: the same requests, features, short-term unit and training for all. Weights
 validation's GAUC, and the test is read once a row. Test households and times are unseen in training. Beside
 them stand counts: how often the candidate, or its product type, occurs among the behaviours kept.
 
+TWIN V2 learns on whole lives, behaviour by behaviour, and is tested on lives clustered up to the first test
+request by its own item vectors, in five groups by price (the data has no completion ratio); "all" alone.
+
 Rows go to --out as they finish, and rows that stand there are not run again, so that a killed run goes on
 when the same command is given; --only-table prints what is there. The table: GAUC, mean ± standard deviation
 over seeds, and the paired difference to full attention of the same length (per-user AUC averaged over seeds,
@@ -34,11 +37,14 @@ from rich.table import Table
 
 from tiglon.data.ranking import RankingTask, complete_journey_task
 from tiglon.evaluation.ranking import RankingEvaluation, bootstrap_mean, weighted_mean
+from tiglon.ranking.cluster_store import ClusterStore
+from tiglon.ranking.clusters import Groups
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, measure_task
 from tiglon.recipes import RANKING_RECIPES, override
 from tiglon.train.loop import Progress
+from tiglon.types import ItemVectors
 
-REFERENCE = "full_attention"
+REFERENCE, CLUSTERED = "full_attention", "twin_v2"
 COUNTS = ("count of the item", "count of its type")
 
 
@@ -101,6 +107,8 @@ def run(
     for seed in seeds:
         for longest in caps:
             for unit in units:
+                if unit == CLUSTERED and longest is not None:
+                    continue
                 config = override(RANKING_RECIPES[unit], changes | {"train.seed": str(seed)})
                 config = replace(config, longest=longest)
                 name = f"{unit}, {longest or 'all'}, seed {seed}"
@@ -154,6 +162,8 @@ def trained(
 ) -> dict[str, Any]:
     """One ranker from scratch: selected on the validation, the test read once."""
     ranker = LifelongRanker.of(learn, config).fit(learn, validation, report=Printer(console))
+    if unit == CLUSTERED:
+        test = clustered(ranker, test)
     found = ranker.evaluate(test, unit)[0]
     return row_of(found, unit, config.longest, config.train.seed) | {
         "validation": ranker.history["best"],
@@ -163,6 +173,23 @@ def trained(
         "parameters": sum(p.numel() for p in ranker.network.parameters()),
         "settings": asdict(config),
     }
+
+
+def clustered(ranker: LifelongRanker, test: RankingTask) -> RankingTask:
+    """The same requests, whose lives before the first of them are virtual items."""
+    lives = ranker.histories
+    with torch.inference_mode():
+        vectors = ranker.network.embed.catalogue().numpy()
+    groups = Groups.by_quantile("sales_value", lives.features["sales_value"])
+    names = list(lives.features)  # codes, which are names: a virtual item has those of its representative
+    store = ClusterStore.build(
+        lives,
+        ItemVectors(vectors, f"ranker {ranker.version}"),
+        until=int(test.time.min()),
+        groups=groups,
+        categorical=names,
+    )
+    return replace(test, store=store)
 
 
 def counted(name: str, test: RankingTask, longest: int | None) -> dict[str, Any]:

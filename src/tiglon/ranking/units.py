@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.bst import BST
+from tiglon.ranking.dare import Dare
 from tiglon.ranking.dien import DIEN
 from tiglon.ranking.din import DIN
 from tiglon.ranking.eta import Eta
@@ -16,6 +18,8 @@ from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, Mos
 from tiglon.ranking.ranker import InterestUnit
 from tiglon.ranking.sdim import Sdim
 from tiglon.ranking.sim import SimHard, SimSoft
+from tiglon.ranking.twin import Twin
+from tiglon.ranking.twin_v2 import TwinV2
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class UnitConfig:
 MakeUnit = Callable[[FeatureEmbedding, UnitConfig, int], InterestUnit]
 
 UNITS: dict[str, MakeUnit] = {
+    "twin": lambda embed, c, _: Twin(embed, k=c.chosen, **_attention(c)),
+    "twin_v2": lambda embed, c, _: TwinV2(embed, k=c.chosen, **_attention(c)),
+    "dare": lambda embed, c, _: Dare(embed, k=c.chosen),
     "full_attention": lambda embed, c, _: FullAttention(embed, **_attention(c)),
     "sim_hard": lambda embed, c, category: SimHard(embed, category=category, k=c.chosen, **_attention(c)),
     "sim_soft": lambda embed, c, _: SimSoft(embed, k=c.chosen, **_attention(c)),
@@ -66,5 +73,5 @@ def make_unit(name: str, embed: FeatureEmbedding, config: UnitConfig, category: 
     return None if require_unit(name) == NONE else UNITS[name](embed, config, category)
 
 
-def _attention(c: UnitConfig) -> dict[str, int]:
+def _attention(c: UnitConfig) -> dict[str, Any]:
     return {"heads": c.heads, "head_width": c.head_width, "width": c.width}
