@@ -13,12 +13,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
 from tiglon.errors import ConfigError
 from tiglon.nn.target_attention import TargetAttention
 from tiglon.types import Behaviours
+
+
+_ALL_ROWS = 10  # L / k where masking all rows begins to cost more than gathering k, measured on a CPU
 
 
 def require_k(k: int) -> int:
@@ -108,19 +112,53 @@ def attend(
     features: behaviours of shape (…) → their inherent (…, H) and cross features (…, J, C).
     Returns the interest (B, K, D) and the weights (B, K, k), the mean over heads, 0 where chosen is −1.
     """
-    B, K, k = chosen_BKk.shape
-    L = past.mask.shape[1]
+    L, k = past.mask.shape[1], chosen_BKk.shape[2]
+    if 4 * k >= L:
+        return _attend_to_masked(attention, item_BKH, past, chosen_BKk, features)
+    return _attend_to_gathered(attention, item_BKH, past, chosen_BKk, features)
+
+
+def _attend_to_masked(
+    attention: TargetAttention,
+    item_BKH: Tensor,
+    past: Behaviours,
+    chosen_BKk: Tensor,
+    features: Callable[[Behaviours], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Score all L and hide what a candidate did not choose: where most is chosen, that is less work."""
     here = chosen_BKk >= 0
-    all_rows = K * k >= L  # fewer to project than the chosen ones; what a candidate did not choose is masked
-    if all_rows:
-        wanted = torch.zeros(B, K, L + 1, dtype=torch.bool)
-        wanted = wanted.scatter(2, chosen_BKk.masked_fill(~here, L), True)[..., :L]
-        own = past._replace(mask=wanted & past.mask[:, None])
-    else:
-        own = gather(past, chosen_BKk)
+    B, K, _ = chosen_BKk.shape
+    L = past.mask.shape[1]
+    wanted = torch.zeros(B, K, L + 1, dtype=torch.bool)
+    wanted = wanted.scatter(2, chosen_BKk.masked_fill(~here, L), True)[..., :L]
+    own = past._replace(mask=wanted & past.mask[:, None])
     inherent, cross = features(own)
-    vector, weight_BKA = attention.mix(attention.logits(item_BKH, own, inherent, cross), inherent, cross)
-    weight = weight_BKA.mean(dim=2)
-    if all_rows:
-        weight = weight.gather(2, chosen_BKk.clamp(min=0))
-    return vector, weight.masked_fill(~here, 0.0)
+    vector, weight_BKAL = attention.mix(attention.logits(item_BKH, own, inherent, cross), inherent, cross)
+    weight_BKk = weight_BKAL.mean(dim=2).gather(2, chosen_BKk.clamp(min=0))
+    return vector, weight_BKk.masked_fill(~here, 0.0)
+
+
+def _attend_to_gathered(
+    attention: TargetAttention,
+    item_BKH: Tensor,
+    past: Behaviours,
+    chosen_BKk: Tensor,
+    features: Callable[[Behaviours], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Project each behaviour that any candidate chose once, U of them, and let the candidates gather theirs."""
+    here = chosen_BKk >= 0
+    B, L = past.mask.shape
+    row_BKk = chosen_BKk.clamp(min=0) + L * torch.arange(B)[:, None, None]
+    row_U, at_BKk = row_BKk.unique(return_inverse=True)
+    some = Behaviours(*(None if part is None else part.flatten(0, 1)[row_U] for part in past))  # type: ignore[arg-type]
+    inherent, cross = features(some)
+
+    def gathered(x_U: Tensor) -> Tensor:  # an embedding's gradient is far faster than an index's
+        return F.embedding(at_BKk, x_U.flatten(1)).unflatten(-1, x_U.shape[1:])
+
+    size = None if some.size is None else some.size[at_BKk]
+    bias_BKAk = gathered(attention.bias(cross).T).transpose(-1, -2)
+    key_BKkAd = gathered(attention.keys(inherent))
+    alpha = attention.score(attention.queries(item_BKH), key_BKkAd, bias_BKAk, here, size)
+    vector, weight_BKAk = attention.read(alpha, gathered(attention.values(inherent, cross)))
+    return vector, weight_BKAk.mean(dim=2)
