@@ -7,6 +7,9 @@ from tiglon.data.lives import lives, planted
 from tiglon.data.ranking import kuairand_task
 from tiglon.errors import ConfigError
 from tiglon.evaluation.ranking import auc
+from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.pooling import FullAttention
+from tiglon.ranking.ranker import Ranker, RankerConfig
 
 L, K = 600, 8
 
@@ -84,6 +87,23 @@ def test_what_was_learned_at_one_length_can_be_asked_at_another(world):
     sizes = torch.tensor(world.task.features.cross_sizes)
     assert (batch.past.cross < sizes).all()
     assert (longer.task.features.item_codes[:-1] > 0).all()  # every item had a training line
+
+
+def test_attention_over_everything_learns_it():
+    """In 140 steps, where embeddings begin wide enough for attention to tell topics apart."""
+    train = planted(100, 140 * 32, 6, seed=0).task
+    test = planted(100, 150, 6, seed=1, features=train.features).task
+    torch.manual_seed(0)
+    embed = FeatureEmbedding(**train.features.embedding(), std=0.3)
+    model = Ranker(embed, FullAttention(embed), config=RankerConfig(hidden=(32,)))
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for batch in train.batches(32, seed=0):
+        optimizer.zero_grad()
+        model.loss(batch).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        score = torch.cat([model(batch).flatten() for batch in test.batches()])
+    assert auc(score.numpy(), test.label[:, 0]) > 0.95
 
 
 @pytest.mark.parametrize(
