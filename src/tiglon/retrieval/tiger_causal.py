@@ -45,12 +45,12 @@ from tiglon.retrieval.prefixes import Prefixes
 
 @dataclass(frozen=True)
 class CausalConfig:
-    width: int = 128  # paper: 128
-    heads: int = 4  # paper: 6
+    width: int = 192  # paper: 128
+    heads: int = 6  # paper: 6
     head_width: int = 32  # paper: 64
     hidden: int = 512  # paper: 1,024
-    encoder_layers: int = 3  # paper: 4
-    decoder_layers: int = 2  # paper: 4
+    encoder_layers: int = 2  # paper: 4
+    decoder_layers: int = 1  # paper: 4
     dropout: float = 0.3  # paper: 0.1
     distances: int = 32  # buckets of the relative bias, in moments; farther ones share the last
     prefixes: bool = True  # vectors of their own for the prefixes of trained items; paper: none
