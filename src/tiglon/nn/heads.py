@@ -112,17 +112,17 @@ def search(
     # Several requests keep the threads busy whole; a single one is cut along its history.
     shards = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
     # One kernel for the three storages: the two that are not meant are empty.
-    numbers = [
+    wide, half, small = (
         keys.number if keys.number.dtype == dtype else np.empty((0, A), dtype)
         for dtype in (np.uint32, np.uint16, np.int8)
-    ]
+    )
     cuts = np.linspace(0, L, shards + 1).astype(np.int64)
     best = np.full((B, shards, K * A, n), _EMPTY)
 
     def scan(job: int) -> None:
         b, s = divmod(job, shards)
         _scan(
-            query[b], *numbers, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
+            query[b], wide, half, small, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
             cuts[s], cuts[s + 1], best[b, s],
         )  # fmt: skip
 

@@ -21,8 +21,7 @@ from tiglon.errors import ConfigError
 from tiglon.nn.target_attention import TargetAttention
 from tiglon.types import Behaviours
 
-
-_ALL_ROWS = 10  # L / k where masking all rows begins to cost more than gathering k, measured on a CPU
+_ALL_ROWS = 6  # L / k from where masking all rows costs more than gathering k, measured on a CPU
 
 
 def require_k(k: int) -> int:
@@ -113,7 +112,7 @@ def attend(
     Returns the interest (B, K, D) and the weights (B, K, k), the mean over heads, 0 where chosen is −1.
     """
     L, k = past.mask.shape[1], chosen_BKk.shape[2]
-    if 4 * k >= L:
+    if _ALL_ROWS * k >= L:
         return _attend_to_masked(attention, item_BKH, past, chosen_BKk, features)
     return _attend_to_gathered(attention, item_BKH, past, chosen_BKk, features)
 

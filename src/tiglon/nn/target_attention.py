@@ -108,9 +108,16 @@ class TargetAttention(nn.Module):
 
         inherent, cross: (B, L, H), (B, L, J, C), or with K after B where candidates have their own.
         """
+        return self.read(alpha, self.values(inherent, cross))
+
+    def values(self, inherent: Tensor, cross: Tensor) -> Tensor:
+        """(…, H) and (…, J, C) → (…, A, d): K W^v, over the unsplit features."""
+        value = self.value(torch.cat([inherent, cross.flatten(-2)], dim=-1))
+        return value.unflatten(-1, (self.heads, self.head_width))
+
+    def read(self, alpha: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`mix` with values (B, L, A, d), or with K after B."""
         empty = (alpha == HIDDEN).all(dim=-1, keepdim=True)
         weight = F.softmax(alpha.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-        value = self.value(torch.cat([inherent, cross.flatten(-2)], dim=-1))
-        value = value.unflatten(-1, (self.heads, self.head_width))
         form = "bkal,blad->bkad" if value.dim() == 4 else "bkal,bklad->bkad"
         return self.out(torch.einsum(form, weight, value).flatten(-2)), weight
