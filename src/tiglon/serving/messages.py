@@ -1,0 +1,280 @@
+"""What goes in and out of a recommender, the same from Python, the command line and HTTP.
+
+    engine.recommend(RecommendRequest(user_id=7, k=5))  →  RecommendResponse
+
+Ids are yours: whole numbers (64 bits) or strings, never converted, so 5 and "5" are two ids. An unknown
+field, a number in quotes or a list out of bounds is refused with pydantic's ValidationError; the bounds keep
+one request from costing what a thousand may. Messages are immutable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+MOST_ITEMS = 1_000  # of an answer, and to rank
+MOST_BATCH = 10_000  # events, items, and ids in a history or a list of the request
+
+Int64 = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Id = Int64 | Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Ids = Annotated[list[Id], Field(max_length=MOST_BATCH)]
+Name = Annotated[StrictStr, Field(min_length=1, max_length=64)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[StrictInt, Field(ge=1, le=MOST_ITEMS)]
+RequestId = Annotated[StrictStr, Field(pattern=r"^[!-~]{1,128}$")]  # printable, so that logs stay one line
+Milliseconds = Annotated[StrictInt, Field(ge=1, le=60_000)]
+ShortText = Annotated[StrictStr, Field(max_length=10_000)]
+Value = (
+    Int64
+    | StrictBool
+    | Finite
+    | ShortText
+    | Annotated[list[ShortText] | list[Finite], Field(max_length=4_096)]
+    | None
+)
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Event(Message):
+    """One behaviour of a user."""
+
+    user_id: Id
+    item_id: Id
+    timestamp: Int64 = Field(description="in the unit of the log that the bundle was trained on")
+    event_id: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="an event with the same event_id is stored once"
+    )
+    features: Annotated[dict[Name, Finite], Field(max_length=64)] = {}
+
+
+# -- recommend -------------------------------------------------------------------------------------------
+
+
+class Asked(Message):
+    """Who asks, and with how much time."""
+
+    user_id: Id | None = None
+    history: Ids | None = Field(
+        None, description="item ids, oldest first, read in place of the user's stored life"
+    )
+    explain: StrictBool = False
+    budget_ms: Milliseconds | None = Field(
+        None, description="leave out the slow steps that do not fit, and say so in `degraded`"
+    )
+    request_id: RequestId | None = None
+
+    @model_validator(mode="after")
+    def _someone(self) -> Asked:
+        if self.user_id is None and self.history is None:
+            raise ValueError("neither user_id nor history; give one, be it an empty history")
+        return self
+
+
+class RecommendRequest(Asked):
+    k: Count = 10
+    exclude_seen: StrictBool | None = Field(
+        None, description="hide items of the history; null: as the bundle was trained"
+    )
+    allow: Ids | None = Field(None, description="only these items; null: all")
+    deny: Ids = Field(default=[], description="never these items")
+    at_most: Annotated[dict[Name, Count], Field(max_length=8)] = Field(
+        default={}, description='category caps: {"brand": 2} gives at most two items of one brand'
+    )
+
+
+class Source(Message):
+    """A retriever that found an item: its place there (from 1) and its score, comparable within it alone."""
+
+    name: str
+    rank: int
+    score: float
+
+
+class Attention(Message):
+    """A past behaviour that the ranker read when it scored an item. weight: its share of the attention."""
+
+    item_id: Id
+    timestamp: int
+    weight: float
+
+
+class Explanation(Message):
+    sources: list[Source] = Field(description="every retriever that found the item")
+    features: dict[str, float] = Field(default={}, description="what each feature added to the score")
+    attended: list[Attention] = []
+
+
+class RecommendedItem(Message):
+    item_id: Id
+    score: float
+    source: str = Field(description="the retriever that placed it highest")
+    reasons: Explanation | None = None
+
+
+class Filtered(Message):
+    """A candidate that a rule kept out of the answer."""
+
+    item_id: Id
+    rule: str
+
+
+class RecommendResponse(Message):
+    request_id: str
+    bundle: str = Field(description="the version of the bundle that answered")
+    user_id: Id | None
+    items: list[RecommendedItem]
+    degraded: list[str] = Field(default=[], description="what was left out or stood in, and why")
+    sources: dict[str, int] = Field(default={}, description="candidates that each retriever gave")
+    filtered: list[Filtered] = Field(default=[], description="only with explain")
+
+
+# -- rank and similar --------------------------------------------------------------------------------------
+
+
+class RankRequest(Asked):
+    items: Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
+
+
+class RankResponse(Message):
+    request_id: str
+    bundle: str
+    user_id: Id | None
+    items: list[RecommendedItem]
+    unknown: list[Id] = Field(default=[], description="asked for, but not in the catalogue")
+    degraded: list[str] = []
+
+
+class SimilarRequest(Message):
+    item_id: Id
+    k: Count = 10
+    request_id: RequestId | None = None
+
+
+class SimilarItem(Message):
+    item_id: Id
+    score: float
+    source: str
+
+
+class SimilarResponse(Message):
+    request_id: str
+    bundle: str
+    item_id: Id
+    items: list[SimilarItem]
+
+
+# -- what changes ------------------------------------------------------------------------------------------
+
+
+class EventsRequest(Message):
+    events: Annotated[list[Event], Field(min_length=1, max_length=MOST_BATCH)]
+    request_id: RequestId | None = None
+
+
+class EventsResponse(Message):
+    request_id: str
+    accepted: int
+    duplicates: int
+
+
+class ItemsRequest(Message):
+    """add: rows of the item table, {"item_id": …, column: value, …}; a known item's columns are changed."""
+
+    add: Annotated[list[dict[Name, Value]], Field(max_length=MOST_BATCH)] = []
+    remove: Ids = []
+    request_id: RequestId | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> ItemsRequest:
+        if not self.add and not self.remove:
+            raise ValueError("neither items to add nor items to remove")
+        for place, row in enumerate(self.add):
+            given = row.get("item_id")
+            if isinstance(given, bool) or not isinstance(given, (int, str)) or given == "":
+                raise ValueError(f"add[{place}] has the item_id {given!r}; it is a whole number or a string")
+        return self
+
+
+class ItemsResponse(Message):
+    request_id: str
+    bundle: str
+    added: int
+    changed: int
+    removed: int
+    unknown: list[Id] = Field(default=[], description="to be removed, but not in the catalogue")
+
+
+class UserResponse(Message):
+    """A user's whole life, oldest first."""
+
+    user_id: Id
+    known: bool
+    events: list[Event]
+
+
+class ForgetResponse(Message):
+    user_id: Id
+    events: int = Field(description="how many were hidden or deleted")
+
+
+# -- semantic IDs, to be looked at ---------------------------------------------------------------------------
+
+Prefix = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=16)]
+
+
+class TreeItem(Message):
+    item_id: Id
+    text: str
+
+
+class TreeChild(Message):
+    """code: the next code below the prefix. items: some of the `count` items below it."""
+
+    code: int
+    count: int
+    items: list[TreeItem]
+
+
+class TreeResponse(Message):
+    """A node of the tree of semantic IDs."""
+
+    bundle: str
+    prefix: list[int]
+    depth: int = Field(description="codes of a whole ID")
+    count: int
+    children: list[TreeChild]
+
+
+class BeamPrefix(Message):
+    """A prefix that the beam kept. score: its log-probability. example: the text of an item below it."""
+
+    prefix: list[int]
+    score: float
+    example: str
+
+
+class BeamResponse(Message):
+    """Where TIGER's beam went: for each depth the prefixes that it kept, best first."""
+
+    bundle: str
+    user_id: Id | None
+    depths: list[list[BeamPrefix]]
+
+
+class ErrorResponse(Message):
+    """error: a kind that a program may switch on. what, rule, fix: as in `tiglon.errors`."""
+
+    error: str
+    what: str
+    rule: str = ""
+    fix: str = ""
+    request_id: str | None = None
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """The message as plain values."""
+    return message.model_dump(mode="json")
