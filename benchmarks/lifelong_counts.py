@@ -13,9 +13,11 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from tiglon.data.histories import HistoryStore
 from tiglon.data.ranking import RankingTask, complete_journey_task
 from tiglon.data.sources import complete_journey
 from tiglon.evaluation.ranking import gauc
@@ -52,7 +54,7 @@ def main() -> None:
         tasks = complete_journey_task(seed, source=source, negatives=args.negatives, power=args.power)
         seconds = time.perf_counter() - begin
         test = tasks.test
-        label, store = test.label[:, 0], test.store
+        label, store = test.label[:, 0], cast(HistoryStore, test.store)
         popularity = np.bincount(store.item[store.time < test.time.min()], minlength=len(store.items))
         scores = {str(n or "all"): counts(test, n).astype(np.float64) for n in KEPT}
         scores["popularity"] = popularity[test.item].astype(np.float64)
