@@ -8,6 +8,7 @@ from tiglon.ranking.consistency import consistency, consistency_by_age, consiste
 from tiglon.ranking.eta import Eta
 from tiglon.ranking.ranker import Ranker
 from tiglon.ranking.sim import SimHard, SimSoft
+from tiglon.ranking.twin import Twin
 from tiglon.types import Behaviours, RankingBatch
 
 N, B, K, L = 60, 4, 5, 40
@@ -126,6 +127,12 @@ def test_old_tables_find_less(twin_like, embed, requests):
     assert by_age[0] == 1
     assert 1 > by_age[1] > by_age[4] > 0
     assert consistency_of(twin_like, embed, requests) == 1  # fresh again
+
+
+def test_twin_is_consistent_until_its_cache_is_old(embed, requests):
+    by_age = consistency_by_age(Twin(embed, k=10), embed, requests, lambda: drift(embed))
+    assert by_age[0] == 1
+    assert 1 > by_age[1] > by_age[4]
 
 
 def test_what_reads_no_stored_tables_does_not_age(twin_like, embed, requests):

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.item_cache import ItemCache
 from tiglon.ranking.ranker import Ranker
-from tiglon.ranking.sim import CategoryIndex, SimHard, SimSoft, SoftIndex, TimeInterval
+from tiglon.ranking.sim import CategoryIndex, SimHard, SimSoft, TimeInterval
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
 N = 30
@@ -241,12 +242,28 @@ def test_attention_is_live_though_the_index_is_old(embed, past):
     torch.testing.assert_close(after.vector, 2 * before.vector)
 
 
+def test_an_index_may_be_made_elsewhere(embed, past, tmp_path):
+    unit = SimSoft(embed, k=4).eval()
+    live = unit.search(embed, ITEM, past)
+    unit.refresh(embed)
+    unit.index.save(tmp_path / "index.safetensors")
+    unit.use(ItemCache.load(tmp_path / "index.safetensors"), embed)
+    assert torch.equal(unit.search(embed, ITEM, past), live)
+
+
 def test_an_index_of_other_items_is_refused(embed):
     unit, others = SimSoft(embed), embedding(categories=4)
-    with pytest.raises(
-        DataError, match=r"an index of catalogue \w+ for items of catalogue \w+\. .*Call refresh"
-    ):
-        unit.use(SoftIndex.build(others, SimSoft(others)), embed)
+    stranger = SimSoft(others)
+    stranger.refresh(others)
+    with pytest.raises(DataError, match=r"an item cache of 30 items, catalogue \w+\. .*unit\.refresh"):
+        unit.use(stranger.index, embed)
+
+
+def test_an_index_of_another_width_is_refused(embed):
+    unit = SimSoft(embed, search_width=16)
+    unit.refresh(embed)
+    with pytest.raises(DataError, match=r"1 heads of width 16\. This unit has 1 of width 32"):
+        SimSoft(embed).use(unit.index, embed)
 
 
 def test_a_negative_weight_is_told(embed):

@@ -26,19 +26,17 @@ item, J cross features, C width of a cross feature.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.nn.heads import Keys
 from tiglon.nn.heads import search as search_heads
 from tiglon.nn.search import attend, require_k
 from tiglon.nn.target_attention import TargetAttention
+from tiglon.ranking.item_cache import ItemCache, live_keys
 from tiglon.ranking.ranker import Interest
 from tiglon.types import MISSING, Behaviours
 
@@ -170,33 +168,12 @@ class SimHard(nn.Module):
 # -- soft search -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class SoftIndex:
-    """W_b e of every item, as it was when the index was made; the unknown item last.
-
-    key: N + 1 rows, one head.   catalogue: of which item table.
-    """
-
-    key: Keys
-    catalogue: str
-
-    @classmethod
-    @torch.no_grad()
-    def build(cls, embed: FeatureEmbedding, unit: SimSoft) -> SoftIndex:
-        with torch.autocast("cpu", enabled=False):
-            return cls(Keys.of(unit.key(embed.catalogue())[:, None]), catalogue_of(embed))
-
-
-def catalogue_of(embed: FeatureEmbedding) -> str:
-    """A name that changes with the items and their features."""
-    return hashlib.sha256(embed.item_codes.numpy().tobytes()).hexdigest()[:16]
-
-
 class SimSoft(nn.Module):
     """Attention over the k behaviours with the highest r_i = (W_b e_i)·(W_a e_a).
 
     alpha: weight of the auxiliary task, by which alone W_a and W_b learn: choosing k has no gradient.
-    index: what the search reads in eval mode; None computes W_b e afresh, as training always does.
+    index: W_b e of every item, which the search reads in eval mode; it is made offline and as old as its last
+        refresh. None computes W_b e afresh, as training always does.
     """
 
     def __init__(
@@ -220,20 +197,19 @@ class SimSoft(nn.Module):
         self.key = nn.Linear(H, search_width, bias=False)  # W_b
         self.auxiliary = nn.Sequential(nn.Linear(2 * H, hidden), nn.PReLU(init=0.25), nn.Linear(hidden, 1))
         self.esu = ExactSearchUnit(embed, heads, head_width, width)
-        self.index: SoftIndex | None = None
+        self.index: ItemCache | None = None
 
-    def refresh(self, embed: FeatureEmbedding) -> None:
-        """Make the index of today's weights and search in it from now on (in eval mode)."""
-        self.use(SoftIndex.build(embed, self), embed)
+    def refresh(self, embed: FeatureEmbedding, storage: str = "float32") -> None:
+        """Make the index of today's weights and search in it from now on (in eval mode).
 
-    def use(self, index: SoftIndex | None, embed: FeatureEmbedding) -> None:
-        """Search in this index. Raises DataError where it was made for other items."""
-        if index is not None and index.catalogue != catalogue_of(embed):
-            raise DataError(
-                f"an index of catalogue {index.catalogue} for items of catalogue {catalogue_of(embed)}",
-                rule="An index holds the very items that the ranker embeds",
-                fix="Call refresh(embed)",
-            )
+        storage: "float32", "bfloat16" or "int8".
+        """
+        self.use(ItemCache.build(embed.item_codes, lambda item: self._keys(embed, item), storage), embed)
+
+    def use(self, index: ItemCache | None, embed: FeatureEmbedding) -> None:
+        """Search in this index, be it stale. Raises DataError where it was made for other items."""
+        if index is not None:
+            index.require(embed.item_codes, 1, self.key.out_features)
         self.index = index
 
     @torch.no_grad()
@@ -242,12 +218,12 @@ class SimSoft(nn.Module):
         with torch.autocast("cpu", enabled=False):
             query_BK1w = self.query(embed.inherent(item_BK))[:, :, None]
             if self.index is not None and not self.training:
-                key, row_BL = self.index.key, past.item
+                keys, row_BL = self.index.keys, past.item
             else:
-                key = Keys.of(self.key(embed.inherent(past.item)).flatten(0, 1)[:, None])
-                row_BL = torch.arange(past.item.numel()).view_as(past.item)
+                count = len(embed.item_codes)
+                keys, row_BL = live_keys(past.item, count, lambda item: self._keys(embed, item))
         no_cross = torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-        _, at_BK1k = search_heads(query_BK1w, key, row_BL, past._replace(size=None), *no_cross, self.k)
+        _, at_BK1k = search_heads(query_BK1w, keys, row_BL, past._replace(size=None), *no_cross, self.k)
         return at_BK1k[:, :, 0]
 
     def logits(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Tensor:
@@ -267,3 +243,7 @@ class SimSoft(nn.Module):
         r_BKL = r_BKL.masked_fill(~past.mask[:, None], 0.0)
         n_B11 = past.lengths.clamp(min=1)[:, None, None]
         return self.auxiliary(torch.cat([r_BKL @ e_BLH / n_B11, item_BKH], dim=-1))[..., 0]
+
+    def _keys(self, embed: FeatureEmbedding, item: Tensor) -> Tensor:
+        """(n,) items → W_b e, (n, 1, w): one head."""
+        return self.key(embed.inherent(item))[:, None]
