@@ -10,6 +10,7 @@ import torch
 
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.bst import BST
+from tiglon.ranking.dare import Dare
 from tiglon.ranking.dien import DIEN
 from tiglon.ranking.din import DIN
 from tiglon.ranking.eta import Eta
@@ -18,6 +19,7 @@ from tiglon.ranking.pooling import ChunkPooling, FullAttention, MeanPooling, Mos
 from tiglon.ranking.ranker import Interest, InterestUnit, Ranker, RankerConfig
 from tiglon.ranking.sdim import Sdim
 from tiglon.ranking.sim import SimHard, SimSoft
+from tiglon.ranking.twin import Twin
 from tiglon.ranking.twin_v2 import TwinV2
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
@@ -26,6 +28,8 @@ SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
     "SIM hard": lambda embed, k: SimHard(embed, category=1, k=k),
     "SIM soft": lambda embed, k: SimSoft(embed, k=k),
     "ETA": lambda embed, k: Eta(embed, k=k),
+    "DARE": lambda embed, k: Dare(embed, k=k),
+    "TWIN": lambda embed, k: Twin(embed, k=k),
     "TWIN V2": lambda embed, k: TwinV2(embed, k=k),
 }
 
