@@ -52,7 +52,7 @@ def main() -> None:
     torch.manual_seed(0)
     paper, causal = PaperTiger(SIZES).eval(), CausalTiger(SIZES, None, codes).eval()
     with torch.no_grad():  # at zero, where they begin, these would not be exercised
-        causal.prefix.weight[1:].normal_(std=causal.config.width**-0.5)
+        causal.prefixes.own.weight[1:].normal_(std=causal.config.width**-0.5)
     t5 = t5_of(paper)
     children, item_of = python_trie(codes)
 
@@ -179,13 +179,13 @@ def t5_of(model: PaperTiger, dropout: float = 0.0) -> T5ForConditionalGeneration
             )
             block = f"{side}.block.{number}.layer"
             for at, (name, before, attention) in enumerate(steps):
-                key, value = attention.kv.weight.chunk(2)
-                parts = {"q": attention.q.weight, "k": key, "v": value, "o": attention.o.weight}
+                key, value = attention.kv.weight.T.chunk(2)
+                parts = {"q": attention.q.weight.T, "k": key, "v": value, "o": attention.o.weight.T}
                 weights |= {f"{block}.{at}.{name}.{part}.weight": w for part, w in parts.items()}
                 weights[f"{block}.{at}.layer_norm.weight"] = before.weight
             weights[f"{block}.{len(steps)}.layer_norm.weight"] = layer.norm_ff.weight
-            weights[f"{block}.{len(steps)}.DenseReluDense.wi.weight"] = layer.ff.wi.weight
-            weights[f"{block}.{len(steps)}.DenseReluDense.wo.weight"] = layer.ff.wo.weight
+            weights[f"{block}.{len(steps)}.DenseReluDense.wi.weight"] = layer.ff.wi.weight.T
+            weights[f"{block}.{len(steps)}.DenseReluDense.wo.weight"] = layer.ff.wo.weight.T
     unknown = t5.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     return t5.eval()

@@ -40,7 +40,7 @@ def test_keys_and_values_are_two_projections():
     attention = Attention(width=6, heads=2, head_width=4)
     memory = torch.randn(3, 5, 6)
     k, v = attention.keys_values(memory)
-    both = memory @ attention.kv.weight.T
+    both = memory @ attention.kv.weight
     torch.testing.assert_close(k.transpose(1, 2).flatten(2), both[..., :8])
     torch.testing.assert_close(v.transpose(1, 2).flatten(2), both[..., 8:])
 

@@ -76,14 +76,14 @@ def t5_with_weights_of(ours):
             )
             block = f"{side}.block.{number}.layer"
             for at, (name, before, attention) in enumerate(parts):
-                key, value = attention.kv.weight.chunk(2)
-                both = {"q": attention.q.weight, "k": key, "v": value, "o": attention.o.weight}
+                key, value = attention.kv.weight.T.chunk(2)
+                both = {"q": attention.q.weight.T, "k": key, "v": value, "o": attention.o.weight.T}
                 weights |= {f"{block}.{at}.{name}.{part}.weight": w for part, w in both.items()}
                 weights[f"{block}.{at}.layer_norm.weight"] = before.weight
             last = f"{block}.{len(parts)}"
             weights[f"{last}.layer_norm.weight"] = layer.norm_ff.weight
-            weights[f"{last}.DenseReluDense.wi.weight"] = layer.ff.wi.weight
-            weights[f"{last}.DenseReluDense.wo.weight"] = layer.ff.wo.weight
+            weights[f"{last}.DenseReluDense.wi.weight"] = layer.ff.wi.weight.T
+            weights[f"{last}.DenseReluDense.wo.weight"] = layer.ff.wo.weight.T
     absent, unknown = theirs.load_state_dict(weights, strict=False)
     assert not unknown
     assert set(absent) <= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
@@ -144,14 +144,14 @@ def test_gradients_are_those_of_t5():
     codes, moment = batch([[*items, goal] for items, goal in zip(HISTORIES, (2, 7, 30, 12), strict=True)])
     ours.loss(codes, moment, moment == torch.tensor([[8], [1], [3], [25]]), None).mean().backward()
     for mine, its in (
-        (ours.token.weight, theirs.shared.weight),
+        (ours.token.weight, theirs.shared.weight.grad),
         (
             ours.bias_encoder.weight,
-            theirs.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight,
+            theirs.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad,
         ),
-        (ours.encoder[1].ff.wi.weight, theirs.encoder.block[1].layer[1].DenseReluDense.wi.weight),
+        (ours.encoder[1].ff.wi.weight, theirs.encoder.block[1].layer[1].DenseReluDense.wi.weight.grad.T),
     ):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine.grad, its, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 5, 12])
