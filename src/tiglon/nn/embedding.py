@@ -37,7 +37,7 @@ class FeatureEmbedding(nn.Module):
         *,
         cross_width: int = 8,
         profile_width: int = 8,
-        std: float = 0.05,
+        std: float = 0.3,
     ) -> None:
         super().__init__()
         self.item_codes: Tensor

@@ -48,7 +48,7 @@ class LifelongConfig:
     short: str = "full_attention"  # the unit that reads the most recent `network.recent`; or "none"
     unit: UnitConfig = field(default_factory=UnitConfig)
     network: RankerConfig = field(default_factory=RankerConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, bfloat16=False))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, lr=3e-3, bfloat16=False))
     longest: int | None = None  # behaviours read at most, the most recent; None: all
     requests: int = 32  # a step, fewer where lives are long
     validation_requests: int = 2_000  # drawn by the seed; the score that selects is their GAUC

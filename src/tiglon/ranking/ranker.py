@@ -1,5 +1,8 @@
 """The shell of every ranker: embed → short-term interest + long-term interest + the rest → MLP → task heads.
 
+Beside candidate and interest the MLP reads their product, elementwise after a projection of the candidate:
+whether an interest is in this very item is a product, which an MLP of sums is slow to learn.
+
 What a paper of this field adds is an interest unit: one small class that reads a user's behaviours for a
 candidate. The shell, the features and the training are the same for all, so that a comparison compares
 the units.
@@ -71,8 +74,9 @@ class Ranker(nn.Module):
         super().__init__()
         self.config = c = config or RankerConfig()
         self.embed, self.long, self.short, self.tasks = embed, long, short, tuple(tasks)
-        width = embed.inherent_width + embed.profile_width
-        width += sum(unit.width for unit in (long, short) if unit is not None)
+        widths = [unit.width for unit in (short, long) if unit is not None]
+        self.match = nn.ModuleList(nn.Linear(embed.inherent_width, width) for width in widths)
+        width = embed.inherent_width + embed.profile_width + 2 * sum(widths)
         layers: list[nn.Module] = []
         for hidden in c.hidden:
             layers += [nn.Linear(width, hidden), nn.PReLU(hidden, init=0.25), nn.Dropout(c.dropout)]
@@ -92,8 +96,10 @@ class Ranker(nn.Module):
             found.append(self.short(self.embed, batch.item, batch.past.last(self.config.recent)))
         if self.long is not None:
             found.append(self.long(self.embed, batch.item, batch.past))
+        candidate = self.embed.inherent(batch.item)
+        matched = [match(candidate) * f.vector for match, f in zip(self.match, found, strict=True)]
         profile = self.embed.profile(batch.profile)[:, None].expand(B, K, -1)
-        x = torch.cat([self.embed.inherent(batch.item), *(f.vector for f in found), profile], dim=-1)
+        x = torch.cat([candidate, *(f.vector for f in found), *matched, profile], dim=-1)
         return self.heads(self.trunk(x.flatten(0, 1))).unflatten(0, (B, K)).float(), found
 
     def loss(self, batch: RankingBatch) -> Tensor:
