@@ -379,6 +379,14 @@ def test_the_past_may_not_change(store):
         store.onto(stored(log().filter(pl.col("user_id") != 3)))
 
 
+def test_the_features_may_not_change(store):
+    bare = HistoryStore.build(read_interactions(log()), ["tab"])
+    with pytest.raises(
+        SchemaError, match=r"histories with the features tab\. These leaves were made of comp"
+    ):
+        store.update(bare, vectors())
+
+
 def test_an_update_goes_forward_with_the_same_vectors(store, histories):
     with pytest.raises(
         ConfigError, match=r"an update up to 900 of clusters up to 1000\. An update goes forward"

@@ -318,8 +318,14 @@ class ClusterStore:
     def onto(self, histories: HistoryStore) -> ClusterStore:
         """The same leaves over a log that went on: users and items may be more and have other dense ids.
 
-        Raises DataError where the past itself changed.
+        Raises DataError where the past itself changed, SchemaError where the features did.
         """
+        if {*histories.features, *RESERVED} != self.virtual.features.keys():
+            raise SchemaError(
+                f"histories with the features {', '.join(histories.features) or 'none'}",
+                rule=f"These leaves were made of {', '.join(self.virtual.features)}",
+                fix="Build the histories with the same features, or cluster anew",
+            )
         place, item = histories.users.encode(self.users.raw), histories.items.encode(self.items.raw)
         counted = np.zeros(len(histories), np.int64)
         counted[place[place >= 0]] = self.counted[place >= 0]
