@@ -171,15 +171,12 @@ class LmdbState:
         try:
             self._require_whole(env)
             env.reader_check()  # frees the slots of processes that were killed while they read
-            self._users, self._events, self._marks = (
-                env.open_db(name) for name in (b"users", b"events", b"marks")
-            )
+            self._users, self._events, self._marks = _databases(env)
         except (lmdb.Error, OSError) as error:
             env.close()
+            if isinstance(error, StorageError):
+                raise
             raise self._down(f"could not be opened: {error}") from error
-        except StorageError:
-            env.close()
-            raise
         self._env = env
 
     def _require_whole(self, env: lmdb.Environment) -> None:
@@ -302,6 +299,16 @@ class LmdbState:
             fix="Look at the disk's space and the folder's owner; a damaged folder comes back from a copy, "
             "and without one, move it away: the bundle's own histories remain",
         )
+
+
+def _databases(env: lmdb.Environment) -> list[Any]:
+    """Users, events and marks; made where they are not there yet."""
+    while True:
+        try:
+            with env.begin(write=True) as txn:
+                return [env.open_db(name, txn) for name in (b"users", b"events", b"marks")]
+        except lmdb.MapResizedError:  # other processes have made it larger than ours is
+            env.set_mapsize(0)
 
 
 def _delete_from(cursor: lmdb.Cursor[bytes], prefix: bytes) -> int:
