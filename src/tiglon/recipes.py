@@ -102,7 +102,7 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
         model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)
         settings = TigerConfig(model, TrainConfig(epochs=30, lr=2e-3, average=0.99), batch_targets=512)
     else:
-        epochs = min(15, max(2, 1_600_000 // events))  # half an hour of one core, whatever the size
+        epochs = min(15, max(2, 1_000_000 // events))  # a quarter of an hour of one core, whatever the size
         settings = TigerConfig(train=TrainConfig(epochs=epochs, evaluations=8))
     return Recipe("tiger", ids=IdsConfig(codes=256 if items > 2_000 else 64), tiger=settings)
 
