@@ -26,7 +26,7 @@ def event(user, item, timestamp, event_id=None, **features):
 
 
 class RedisServer:
-    """A redis-server of our own on the loopback; every write is in its file before it is acknowledged."""
+    """A redis-server of our own on the loopback, with a file of its writes."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -411,6 +411,7 @@ def test_a_server_that_was_killed_is_an_error_and_then_goes_on(redis_server):
     state = RedisState(redis_server.url.replace("//", "//:secret-word@"), timeout=5)
     plain = RedisState(redis_server.url, timeout=5)
     plain._redis.flushall()
+    plain._redis.config_set("appendfsync", "always")
     plain.append([event(1, 1, 1)])
     redis_server.kill()
     for call in (lambda: state.append([event(1, 2, 2)]), lambda: state.life(1), lambda: state.forget(1)):
