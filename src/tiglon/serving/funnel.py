@@ -1,0 +1,493 @@
+"""The funnel: what several retrievers find becomes one list.
+
+    histories ─▶ retrievers    each gives its best `candidates`
+              ─▶ pool          every item once, with its place and score at each retriever
+              ─▶ features      those, and what the user did with the item before
+              ─▶ fusion        one linear score an item
+              ─▶ the k best
+
+The fusion learns on what the retrievers really return: the target of a user's validation moment against the
+other candidates, retrieved and not taken. The retrievers have seen training events only, so nothing that the
+fusion reads knows the target. Half of the users learn, the other half choose the strength of the penalty, and
+the test is read once, afterwards. With seen items hidden and with them shown, other candidates compete, so
+there is a fusion for each.
+
+A retriever that scores the whole catalogue (`CatalogueScorer`) tells the score of every candidate, whoever
+found it; of any other only the places and scores in its own list are known.
+
+Letters: B users, T candidates of all of them, R retrievers, F features, N items.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from tiglon.errors import ConfigError, DataError
+from tiglon.retrieval.neighbours import CatalogueScorer, moments_ago
+from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.topk import tie_order, top_items
+from tiglon.types import MISSING, Candidates, Histories, Targets
+
+FORMAT = 1
+_SCORES_AT_ONCE = 1 << 22  # of a batch, B × N
+
+
+@dataclass(frozen=True)
+class FunnelConfig:
+    candidates: int = 100  # of each retriever that scores the whole catalogue
+    generated: int = 50  # of each other one, such as TIGER, whose cost grows with them
+    users: int = 4_000  # that the fusion learns on, at most
+    penalties: tuple[float, ...] = (
+        1e-4,
+        1e-3,
+        1e-2,
+    )  # of squared weights; the best on half of the users stays
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "generated"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if self.users < 2:
+            raise ConfigError(f"users={self.users}", rule="Half of the users learn, the others select")
+
+
+# -- the pool ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What R retrievers found for B users: each item of a user once, ascending.
+
+    offsets: (B+1,).   item: (T,) dense.   rank: (T, R) int32, the place at each retriever from 1, 0 where it
+    did not find the item.   score: (T, R) float32, as each gives it, NaN where it gives none.
+    """
+
+    names: tuple[str, ...]
+    offsets: np.ndarray
+    item: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+
+    def __len__(self) -> int:
+        """How many users."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """(T,) which of the B users each candidate is for."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+
+def gather(
+    retrievers: Sequence[Retriever],
+    histories: Histories,
+    n_items: int,
+    config: FunnelConfig,
+    *,
+    k: int = 1,
+    exclude_seen: bool = True,
+    allowed: np.ndarray | None = None,
+    extra: np.ndarray | None = None,
+    stand_in: np.ndarray | None = None,
+    skip: Collection[str] = (),
+    spent: Callable[[str, float], None] = lambda name, seconds: None,
+) -> Pool:
+    """Ask every retriever and merge. A retriever may know fewer items than the N of the catalogue.
+
+    k: candidates of each retriever, where that is more than the config says.
+    allowed: (N,) bool, items that may be returned.   extra: dense items that are scored whoever finds them.
+    stand_in: (N,) the known item that a retriever which was fitted before an item came reads in its place.
+    skip: names of retrievers that are not asked; they find nothing.   spent: told the seconds of each other.
+    """
+    B, R = len(histories), len(retrievers)
+    owner = histories.owner
+    items: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
+    matrices: dict[int, np.ndarray] = {}
+    for r, retriever in enumerate(retrievers):
+        if retriever.name in skip:
+            items.append(np.empty((B, 0), np.int64))
+            scores.append(np.empty((B, 0), np.float32))
+            continue
+        began = time.perf_counter()
+        if isinstance(retriever, CatalogueScorer):
+            known = len(retriever.items)
+            matrices[r] = matrix = retriever.score(_known(histories, known, stand_in))
+            hidden = owner, histories.item
+            if known < n_items:
+                there = histories.item < known
+                hidden = owner[there], histories.item[there]
+            open_ = matrix
+            if exclude_seen or allowed is not None:
+                open_ = matrix.copy()
+                if exclude_seen:
+                    open_[hidden] = -np.inf
+                if allowed is not None:
+                    open_[:, ~allowed[:known]] = -np.inf
+            best = top_items(open_, max(config.candidates, k))
+            item = best.item
+        else:
+            best = retriever.retrieve(histories, config.generated, exclude_seen=exclude_seen)
+            item = best.item if allowed is None else _only(best.item, allowed)
+        items.append(item)
+        scores.append(best.score)
+        spent(retriever.name, time.perf_counter() - began)
+
+    keys, places = [], []
+    for item in items:
+        row, place = np.nonzero(item != MISSING)
+        keys.append(row * n_items + item[row, place])
+        places.append((row, place))
+    more = [] if extra is None else [(np.arange(B)[:, None] * n_items + extra).ravel()]
+    key, at = np.unique(np.concatenate([*keys, *more]), return_inverse=True)
+    of, item = key // n_items, key % n_items
+    rank = np.zeros((len(key), R), np.int32)
+    score = np.full((len(key), R), np.nan, np.float32)
+    start = 0
+    for r, (row, place) in enumerate(places):
+        here = at[start : start + len(row)]
+        rank[here, r] = place + 1
+        if r in matrices:
+            known = matrices[r].shape[1]
+            there = item < known
+            score[there, r] = matrices[r][of[there], item[there]]
+        else:
+            score[here, r] = scores[r][row, place]
+        start += len(row)
+    offsets = np.searchsorted(of, np.arange(B + 1))
+    return Pool(tuple(r.name for r in retrievers), offsets, item, rank, score)
+
+
+def _known(histories: Histories, known: int, stand_in: np.ndarray | None) -> Histories:
+    """The histories as a retriever of `known` items reads them: newer ones by another's name, or left out."""
+    item = histories.item
+    if stand_in is not None:
+        item = stand_in[item]
+    there = (item >= 0) & (item < known)
+    if there.all():
+        return replace(histories, item=item)
+    lengths = np.bincount(histories.owner[there], minlength=len(histories))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Histories(offsets, item[there], histories.time[there], user=histories.user)
+
+
+def _only(item: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    return np.where((item != MISSING) & allowed[item], item, MISSING)
+
+
+# -- features --------------------------------------------------------------------------------------------------
+
+OWN = ("had", "times had", "share of moments", "how lately")
+
+
+def feature_names(retrievers: Sequence[str]) -> tuple[str, ...]:
+    """What `features` returns: three of each retriever, then popularity, then what the user did with the item."""
+    of_each = [f"{name}: {what}" for name in retrievers for what in ("score", "place", "found")]
+    return (*of_each, "popularity", *OWN)
+
+
+def features(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.ndarray:
+    """(T, F) float32 of a pool and the histories that it was gathered for.
+
+    Scores lie in 0 … 1: a catalogue's own scale, or from the last to the first of the user's list; places are
+    1 / (10 + place).   popularity: (N,) 0 … 1.
+    """
+    T, R = pool.rank.shape
+    out = np.zeros((T, 3 * R + 1 + len(OWN)), np.float32)
+    found = pool.rank > 0
+    for r in range(R):
+        out[:, 3 * r] = _level(pool, r)
+    out[:, 1 : 3 * R : 3] = np.where(found, 1 / (10 + pool.rank), 0)
+    out[:, 2 : 3 * R : 3] = found
+    out[:, 3 * R] = popularity[pool.item]
+    out[:, 3 * R + 1 :] = _own(pool, histories, len(popularity))
+    return out
+
+
+def _level(pool: Pool, r: int) -> np.ndarray:
+    """(T,) the scores of a retriever in 0 … 1."""
+    score, found = pool.score[:, r], pool.rank[:, r] > 0
+    if not (np.isnan(score) & ~found).any() and np.nanmin(score, initial=0) >= 0:
+        return np.nan_to_num(score)
+    low, high = np.full(len(pool), np.inf, np.float32), np.full(len(pool), -np.inf, np.float32)
+    owner = pool.owner
+    np.minimum.at(low, owner[found], score[found])
+    np.maximum.at(high, owner[found], score[found])
+    span = np.maximum(high - low, 1e-6)
+    return np.where(found, (np.nan_to_num(score) - low[owner]) / span[owner], 0)
+
+
+def _own(pool: Pool, histories: Histories, n_items: int) -> np.ndarray:
+    """(T, 4) what each user did with each candidate before; 0 where nothing."""
+    out = np.zeros((len(pool.item), len(OWN)), np.float32)
+    if not len(histories.item):
+        return out
+    age = moments_ago(histories)
+    moments = np.ones(len(pool), np.int64)
+    np.maximum.at(moments, histories.owner, age + 1)
+    keys = histories.owner * n_items + histories.item
+    key, newest, times = np.unique(keys[::-1], return_index=True, return_counts=True)
+    lately = 1 / (1 + age[::-1][newest])
+    wanted = pool.owner * n_items + pool.item
+    at = np.searchsorted(key, wanted).clip(max=len(key) - 1)
+    had = key[at] == wanted
+    at, of = at[had], pool.owner[had]
+    out[had] = np.stack([np.ones(len(at)), np.log1p(times[at]), times[at] / moments[of], lately[at]], axis=1)
+    return out
+
+
+# -- the fusion --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """A score an item: the weighted sum of its features. Scores compare the items of one user."""
+
+    retrievers: tuple[str, ...]
+    weight: np.ndarray  # (F,) float32
+
+    def __post_init__(self) -> None:
+        if len(self.weight) != len(self.names):
+            raise DataError(f"{len(self.weight)} weights for {len(self.names)} features")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return feature_names(self.retrievers)
+
+    @classmethod
+    def untrained(cls, retrievers: Sequence[str]) -> Fusion:
+        """The places alone, each retriever counting as much (reciprocal rank fusion)."""
+        names = feature_names(retrievers)
+        return cls(tuple(retrievers), np.array([n.endswith(": place") for n in names], np.float32))
+
+    def score(self, features_TF: np.ndarray) -> np.ndarray:
+        """(T,)"""
+        return features_TF @ self.weight
+
+    def shares(self, features_F: np.ndarray) -> dict[str, float]:
+        """What each retriever, popularity and the user's own past added to one item's score."""
+        added: dict[str, float] = {}
+        for name, value in zip(self.names, (features_F * self.weight).tolist(), strict=True):
+            whose = name.rpartition(": ")[0] or ("own past" if name in OWN else name)
+            added[whose] = added.get(whose, 0.0) + value
+        return added
+
+    def to_json(self) -> dict[str, Any]:
+        weights = dict(zip(self.names, self.weight.tolist(), strict=True))
+        return {"retrievers": list(self.retrievers), "weights": weights}
+
+    @classmethod
+    def of_json(cls, saved: Mapping[str, Any]) -> Fusion:
+        names = feature_names(saved["retrievers"])
+        return cls(tuple(saved["retrievers"]), np.array([saved["weights"][n] for n in names], np.float32))
+
+
+def best_first(pool: Pool, score: np.ndarray) -> np.ndarray:
+    """(T,) rows of the pool, each user's best first; ties as `tie_order` has them."""
+    tie = tie_order(int(pool.item.max(initial=0)) + 1)[pool.item]
+    return np.lexsort((tie, -score, pool.owner))
+
+
+class Funnel(Retriever):
+    """All of it as one retriever, to be measured beside its own."""
+
+    name = "funnel"
+
+    def __init__(
+        self,
+        retrievers: Sequence[Retriever],
+        popularity: np.ndarray,
+        fusion: Fusion | None = None,
+        config: FunnelConfig | None = None,
+    ) -> None:
+        """retrievers: of one catalogue, or of the first part of it.   popularity: (N,) events in training."""
+        self.retrievers = tuple(retrievers)
+        self.items = max((r.items for r in retrievers), key=len)
+        self.config = config or FunnelConfig()
+        names = tuple(r.name for r in retrievers)
+        self.fusion = fusion or Fusion.untrained(names)
+        if self.fusion.retrievers != names:
+            raise DataError(
+                f"a fusion of {', '.join(self.fusion.retrievers)} for {', '.join(names)}",
+                rule="A fusion weighs the retrievers that it learned with",
+                fix="Learn it anew with tiglon.serving.funnel.learn",
+            )
+        self.popularity = log_share(popularity, len(self.items))
+
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        require_k(k)
+        k = min(k, len(self.items))
+        item = np.full((len(histories), k), MISSING, np.int64)
+        score = np.full((len(histories), k), -np.inf, np.float32)
+        for rows, some in batches(histories, len(self.items)):
+            pool = gather(self.retrievers, some, len(self.items), self.config, k=k, exclude_seen=exclude_seen)
+            value = self.fusion.score(features(pool, some, self.popularity))
+            order = best_first(pool, value)
+            owner = pool.owner[order]
+            place = np.arange(len(order)) - pool.offsets[owner]
+            order, owner, place = (x[place < k] for x in (order, owner, place))
+            item[rows.start + owner, place] = pool.item[order]
+            score[rows.start + owner, place] = value[order]
+        return Candidates(item, score, self.name)
+
+
+def batches(histories: Histories, n_items: int) -> list[tuple[slice, Histories]]:
+    """Histories in parts whose scores of the whole catalogue fit into memory."""
+    step = min(64, max(1, _SCORES_AT_ONCE // max(n_items, 1)))
+    return [(slice(a, a + step), histories.take(slice(a, a + step))) for a in range(0, len(histories), step)]
+
+
+def log_share(counts: np.ndarray, n_items: int) -> np.ndarray:
+    """(N,) 0 … 1 of events an item in training; 0 for items that came later."""
+    share = np.log1p(counts) / max(np.log1p(counts.max(initial=0)), 1e-9)
+    return np.concatenate([share, np.zeros(n_items - len(counts))]).astype(np.float32)
+
+
+# -- learning --------------------------------------------------------------------------------------------------
+
+
+def learn(
+    retrievers: Sequence[Retriever],
+    popularity: np.ndarray,
+    validation: Targets,
+    config: FunnelConfig | None = None,
+    *,
+    exclude_seen: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fusion:
+    """A fusion from the validation targets of retrievers that were fitted on training events alone.
+
+    The loss is −log softmax of each taken candidate among all of its user's; users none of whose targets was
+    found teach nothing. Without at least ten users that teach and ten that select, it stays untrained.
+    progress: called with (users done, users in all).
+    """
+    c = config or FunnelConfig()
+    random = np.random.default_rng(c.seed)
+    rows = random.permutation(len(validation))[: c.users]
+    targets = validation.take(rows)
+    names = tuple(r.name for r in retrievers)
+    n_items = max(len(r.items) for r in retrievers)
+    share = log_share(popularity, n_items)
+    parts: list[Lists] = []
+    for at, some in batches(targets.histories, n_items):
+        pool = gather(retrievers, some, n_items, c, exclude_seen=exclude_seen)
+        truth = targets.truth.take(at)
+        taken = np.isin(pool.owner * n_items + pool.item, truth.owner * n_items + truth.item)
+        parts.append(Lists(features(pool, some, share), np.diff(pool.offsets), taken))
+        if progress is not None:
+            progress(min(at.stop, len(targets)), len(targets))
+    half = len(parts) // 2
+    if half < 1:
+        parts = [part for whole in parts for part in whole.halves()]
+        half = len(parts) // 2
+    learned, selected = (Lists.join(some) for some in (parts[:half], parts[half:]))
+    if min(learned.useful(), selected.useful()) < 10:
+        return Fusion.untrained(names)
+    tried = [(selected.ndcg(weight), weight) for weight in (learned.fit(p) for p in c.penalties)]
+    tried.append((selected.ndcg(untrained := Fusion.untrained(names).weight), untrained))
+    return Fusion(names, max(tried, key=lambda pair: pair[0])[1].astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Candidates of some users. features: (T, F).   lengths: (B,).   taken: (T,) bool."""
+
+    features: np.ndarray
+    lengths: np.ndarray
+    taken: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[Lists]) -> Lists:
+        columns = (
+            np.concatenate([getattr(p, name) for p in parts]) for name in ("features", "lengths", "taken")
+        )
+        return cls(*columns)
+
+    def halves(self) -> tuple[Lists, Lists]:
+        B = len(self.lengths) // 2
+        T = int(self.lengths[:B].sum())
+        return (
+            Lists(self.features[:T], self.lengths[:B], self.taken[:T]),
+            Lists(self.features[T:], self.lengths[B:], self.taken[T:]),
+        )
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        """(B,) how many candidates of each user were taken."""
+        return np.bincount(self.owner, self.taken, len(self.lengths))
+
+    def useful(self) -> int:
+        """Users of whose targets something was found."""
+        return int((self.hits > 0).sum())
+
+    def ndcg(self, weight: np.ndarray, k: int = 10) -> float:
+        """The mean over useful users of NDCG@k among the targets that were found."""
+        order = np.lexsort((-(self.features @ weight.astype(np.float32)), self.owner))
+        place = np.arange(len(order)) - (np.cumsum(self.lengths) - self.lengths)[self.owner]
+        gain = self.taken[order] / np.log2(place + 2) * (place < k)
+        ideal = np.cumsum(1 / np.log2(np.arange(k) + 2))
+        best = ideal[np.minimum(self.hits, k).astype(int) - 1]
+        each = np.bincount(self.owner, gain, len(self.lengths)) / best
+        return float(each[self.hits > 0].mean())
+
+    def fit(self, penalty: float) -> np.ndarray:
+        """(F,) weights with the least loss and penalty; the penalty acts on features of unit variance."""
+        useful = np.repeat(self.hits > 0, self.lengths)
+        x = self.features[useful]
+        scale = x.std(axis=0) + 1e-6
+        x = (x - x.mean(axis=0)) / scale
+        lengths, hits = self.lengths[self.hits > 0], self.hits[self.hits > 0]
+        start = np.cumsum(lengths) - lengths
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        share = (self.taken[useful] / hits[owner]).astype(np.float32)
+
+        def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
+            score = x @ weight.astype(np.float32)
+            score -= np.maximum.reduceat(score, start)[owner]
+            exponential = np.exp(score)
+            total = np.add.reduceat(exponential, start)
+            value = float((np.log(total).sum() - (share * score).sum()) / len(lengths))
+            slope = x.T @ (exponential / total[owner] - share) / len(lengths)
+            return value + penalty * float(weight @ weight), slope.astype(float) + 2 * penalty * weight
+
+        found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+        return found.x / scale
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def save(fusions: Mapping[bool, Fusion], config: FunnelConfig, directory: Path) -> None:
+    """Write funnel.json. fusions: by whether seen items are hidden."""
+    directory.mkdir(parents=True)
+    about = {
+        "format": FORMAT,
+        "candidates": config.candidates,
+        "generated": config.generated,
+        "fusions": {"masked" if hidden else "shown": fusion.to_json() for hidden, fusion in fusions.items()},
+    }
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    (directory / "funnel.json").write_text(text, encoding="utf-8")
+
+
+def load(directory: Path) -> tuple[dict[bool, Fusion], FunnelConfig]:
+    """What `save` wrote. Raises OSError, ValueError, KeyError."""
+    about = json.loads((directory / "funnel.json").read_text(encoding="utf-8"))
+    if about["format"] > FORMAT:
+        raise ValueError(f"a funnel of format {about['format']}; this Tiglon reads up to {FORMAT}")
+    fusions = {mode == "masked": Fusion.of_json(saved) for mode, saved in about["fusions"].items()}
+    return fusions, FunnelConfig(candidates=about["candidates"], generated=about["generated"])
