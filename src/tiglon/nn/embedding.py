@@ -48,6 +48,7 @@ class FeatureEmbedding(nn.Module):
         self._row: Tensor  # (N + 1,) of each item in `_held`, −1 for those that are not
         self.register_buffer("_row", torch.full((len(item_codes),), -1), persistent=False)
         self._held: Tensor | None = None
+        self.std = std  # of the tables as they begin
         self.inherent_width = sum(item_widths)  # H
         self.cross_count, self.cross_width = len(cross_sizes), cross_width  # J
         self.profile_width = profile_width * len(profile_sizes)  # P

@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from tiglon.types import Behaviours
 
 HIDDEN = float("-inf")
+_SELF = 6.0  # α of an item with itself as training begins
 
 
 class TargetAttention(nn.Module):
     """`score`, then `mix`: search and attention share the first.
 
-    identity: W^q and W^h begin as the same random projection with orthonormal columns, so that α begins as a
-        similarity of items; otherwise both are drawn apart. The published form leaves this open.
+    identity: W^q and W^h begin as the same random orthonormal projection, so that α begins as a similarity of
+        items, and so large that an item scores 6 with itself; otherwise both are drawn apart, as linear layers
+        are. The published form leaves this open, and it decides whether attention is learned at all: from
+        projections apart, or from scores near 0, where the softmax is a mean and the cross features' random
+        bias outweighs the items, a planted behaviour among 300 was not found (docs/log.md).
+    item_std: standard deviation of the item vectors' numbers as they begin.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class TargetAttention(nn.Module):
         head_width: int = 16,
         width: int = 64,
         identity: bool = True,
+        item_std: float = 1.0,
     ) -> None:
         super().__init__()
         self.heads, self.head_width, self.width = heads, head_width, width
@@ -53,7 +59,9 @@ class TargetAttention(nn.Module):
         self.value = nn.Linear(item_width + cross_count * cross_width, inner, bias=False)  # W^v
         self.out = nn.Linear(inner, width, bias=False)  # W^o
         if identity:
-            nn.init.orthogonal_(self.key.weight)
+            # A head keeps min(inner, H) / A of an item's H numbers, each of variance item_std².
+            norm = item_std**2 * min(inner, item_width) / heads
+            nn.init.orthogonal_(self.key.weight, (_SELF * head_width**0.5 / norm) ** 0.5)
             with torch.no_grad():
                 self.query.weight.copy_(self.key.weight)
 

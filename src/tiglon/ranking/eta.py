@@ -67,6 +67,7 @@ class Eta(nn.Module):
             heads=heads,
             head_width=head_width,
             width=width,
+            item_std=embed.std,
         )
         self.stored_NW: Tensor | None = None
 

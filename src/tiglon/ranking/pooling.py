@@ -54,6 +54,7 @@ class FullAttention(nn.Module):
             heads=heads,
             head_width=head_width,
             width=width,
+            item_std=embed.std,
         )
 
     def forward(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest:
@@ -111,6 +112,7 @@ class ChunkPooling(nn.Module):
             heads=heads,
             head_width=head_width,
             width=width,
+            item_std=embed.std,
         )
 
     def forward(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest:

@@ -70,6 +70,7 @@ class ExactSearchUnit(nn.Module):
             heads=heads,
             head_width=head_width,
             width=width,
+            item_std=embed.std,
         )
 
     def features(self, embed: FeatureEmbedding, past: Behaviours) -> tuple[Tensor, Tensor]:

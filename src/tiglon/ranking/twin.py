@@ -65,6 +65,7 @@ class Twin(nn.Module):
             head_width=head_width,
             width=width,
             identity=identity,
+            item_std=embed.std,
         )
         self.cache: ItemCache | None = None
 

@@ -62,6 +62,7 @@ class TwinV2(nn.Module):
             heads=heads,
             head_width=head_width,
             width=width,
+            item_std=embed.std,
         )
         self.cache: ItemCache | None = None
 
