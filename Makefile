@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check bench format
+.PHONY: help demo serve test check bench format
 
 help:
 	@echo "make demo     the whole funnel on real data (10 minutes at most, after the installation)"
+	@echo "make serve    the demo's bundle over HTTP, with a console (ARGS=... such as --port 9000)"
 	@echo "make test     all tests"
 	@echo "make check    format, lint, types, architecture"
 	@echo "make bench    list the benchmarks; NAME=trie runs one (ARGS=... are its arguments)"
@@ -22,6 +23,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/tiglon demo
+
+serve: $(STAMP)
+	test -f demo/complete-journey/manifest.json || $(BIN)/tiglon demo
+	$(BIN)/tiglon serve demo/complete-journey $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

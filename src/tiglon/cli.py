@@ -238,6 +238,43 @@ def recommend(
         _stdout().print(recommendation_table(loaded, found))
 
 
+@app.command()
+def serve(
+    source: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a home of published ones (docs/serving.md).")
+    ],
+    host: Annotated[str, typer.Option(help="Beyond this machine only with --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    threads: Annotated[int, typer.Option(help="Requests that a process answers at once.")] = 2,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait; others get 503.")] = 64,
+    keys: Annotated[Path | None, typer.Option(help="Who may ask: a file of `tiglon key`.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Folder of what users do, or redis://…; default: beside the bundle.")
+    ] = None,
+    budget_ms: Annotated[int | None, typer.Option(help="Time of a request that names none.")] = None,
+) -> None:
+    """Answer over HTTP, with a console at /console."""
+    from tiglon.serving.desk import Settings
+    from tiglon.serving.server import serve as run
+
+    settings = Settings(keys=keys, threads=threads, waiting=waiting, budget_ms=budget_ms)
+    run(source, host, port, workers=workers, state=state, settings=settings)
+
+
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="For `tiglon serve --keys`; made if missing.")],
+    name: Annotated[str, typer.Option(help="Whose key; it stands in the log.")],
+    write: Annotated[bool, typer.Option("--write", help="It may also change events, items, users.")] = False,
+) -> None:
+    """Make an API key and print it, this once. The file keeps its hash; delete an entry to withdraw a key."""
+    from tiglon.serving.security import add_key
+
+    print(add_key(file, name, frozenset({"read", "write"} if write else {"read"})))
+    _say(f"{file} knows it as '{name}'. Send it as: Authorization: Bearer KEY")
+
+
 @ids.command("report")
 def ids_report(
     bundle: BundlePath,
