@@ -28,11 +28,12 @@ from tiglon.data.histories import HistoryStore
 from tiglon.data.sources import tables
 from tiglon.data.synthetic import synthetic
 from tiglon.recipes import make_tokenizer
-from tiglon.retrieval.tiger import Tiger, _Batches, moments
+from tiglon.retrieval.tiger import Tiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
+from tiglon.retrieval.windows import WindowBatches, moments
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.train.loop import train
-from tiglon.types import Interactions, Items
+from tiglon.types import Interactions, Items, user_names
 
 TOKENS = 80
 ROWS = 256
@@ -62,8 +63,8 @@ def main() -> None:
     runners = {
         "HF T5, float32": t5_runner(ids, split.train, bfloat16=False),
         "HF T5, bfloat16 autocast": t5_runner(ids, split.train, bfloat16=True),
-        "tiger_paper": our_runner("tiger_paper", ids, split.train, items),
-        "tiger": our_runner("tiger", ids, split.train, items),
+        "tiger_paper": our_runner("tiger_paper", ids, split.train, items, vectors),
+        "tiger": our_runner("tiger", ids, split.train, items, vectors),
     }
     speeds: dict[str, list[float]] = {name: [] for name in runners}
     cpu: dict[str, list[float]] = {name: [] for name in runners}
@@ -127,19 +128,21 @@ def t5_runner(ids: SemanticIds, log: Interactions, *, bfloat16: bool) -> Callabl
     return run
 
 
-def our_runner(recipe: str, ids: SemanticIds, log: Interactions, items: Items) -> Callable[[float], int]:
+def our_runner(
+    recipe: str, ids: SemanticIds, log: Interactions, items: Items, vectors: np.ndarray
+) -> Callable[[float], int]:
     """The same, by the package's loop over the recipe's batches."""
     settings = recipe_of(recipe, len(log), items, {}).tiger
-    tiger = Tiger(ids, items.vocabulary, settings)
+    tiger = Tiger(ids, items.vocabulary, settings, vectors=vectors)
     store, moment = HistoryStore.build(log), moments(log)
     windows = tiger.network.windows(store.offsets, moment, settings.window)
-    wanted = np.ones(len(log), bool)
+    wanted, user = np.ones(len(log), bool), user_names(log.users)[log.user]
 
     def run(seconds: float) -> int:
         learned = 0
 
-        def batches(epoch: int) -> _Batches:
-            return _Batches(log.item, moment, wanted, windows, settings.batch_targets, [0, epoch])
+        def batches(epoch: int) -> WindowBatches:
+            return WindowBatches(log.item, moment, wanted, user, windows, settings.batch_targets, [0, epoch])
 
         def loss(network: object, batch):  # type: ignore[no-untyped-def]
             nonlocal learned

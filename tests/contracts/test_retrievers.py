@@ -11,6 +11,7 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, UnknownIdError
 from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, Repeats, TextNeighbours
 from tiglon.retrieval.retriever import Retriever
+from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.semantic_ids.catalog import SemanticIds
@@ -34,6 +35,9 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "co-occurrence": lambda log, items: CoOccurrence().fit(log, items),
     "sum": lambda log, items: NeighbourSum().fit(log, items),
     "repeats": lambda log, items: Repeats().fit(log, items),
+    "sasrec": lambda log, items: SasRec(
+        items.vocabulary, SasRecConfig(width=16, heads=2, hidden=32, layers=1, train=TINY.train)
+    ).fit(log),
     "tiger": lambda log, items: Tiger(random_ids(items), items.vocabulary, TINY).fit(log),
 }
 

@@ -16,9 +16,10 @@ from tiglon.data.synthetic import synthetic
 from tiglon.errors import BundleDamagedError, BundleVersionError, CapacityError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.neighbours import Popularity
-from tiglon.retrieval.tiger import Tiger, TigerConfig, _Batches, collate, histories_moments, moments
+from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.tiger_paper import PaperConfig
+from tiglon.retrieval.windows import WindowBatches, collate, histories_moments, moments
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
@@ -265,7 +266,9 @@ def test_every_wanted_event_is_a_target_once_an_epoch(network):
     epochs = [
         [
             sorted(batch.item[batch.target].tolist())
-            for batch in _Batches(events.item, moment, events.item != 7, events.user, windows, 32, [0, epoch])
+            for batch in WindowBatches(
+                events.item, moment, events.item != 7, events.user, windows, 32, [0, epoch]
+            )
         ]
         for epoch in (0, 1, 0)
     ]

@@ -60,19 +60,11 @@ class Prefixes(nn.Module):
             self.register_buffer("mean", torch.zeros(content_width))
         if codes is not None and vectors is not None:
             self.mean += torch.from_numpy(vectors.mean(axis=0))
-            centred = self._centred(vectors)
-            self.content = torch.from_numpy(_residual_means(centred, paths, count))
-            _, _, axes = np.linalg.svd(centred.T @ centred)
-            axes = axes[:width]  # the principal axes: at first, products are those of the item vectors
-            with torch.no_grad():
-                self.project[:, : len(axes)] = torch.from_numpy(axes.T)
+            content = centred(vectors, self.mean.numpy())
+            self.content = torch.from_numpy(_residual_means(content, paths, count))
+            with torch.no_grad():  # at first, products are those of the item vectors
+                self.project.copy_(torch.from_numpy(principal_axes(content, width)))
         self._vectors: list[Tensor] = []  # of the parameters as they are; a list, as it is no state
-
-    def _centred(self, vectors: np.ndarray) -> np.ndarray:
-        """Less the mean, and of length 1."""
-        centred = vectors - self.mean.numpy()
-        length = np.linalg.norm(centred, axis=1, keepdims=True)
-        return (centred / np.maximum(length, 1e-6)).astype(np.float32)
 
     # -- vectors -------------------------------------------------------------------------------
 
@@ -168,7 +160,7 @@ class Prefixes(nn.Module):
         projected = self.projected if vectors is not None else None
         goal = torch.zeros(len(codes), width)
         if projected is not None and vectors is not None:
-            goal = torch.from_numpy(self._centred(vectors)) @ self.project
+            goal = torch.from_numpy(centred(vectors, self.mean.numpy())) @ self.project
         known = [
             dict(zip(keys.tolist(), rows.tolist(), strict=True))
             for keys, rows in zip(self.keys, self.rows, strict=True)
@@ -197,6 +189,21 @@ class Prefixes(nn.Module):
         new.content = None  # from here on it is fixed
         new.forget()
         return new
+
+
+def centred(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(N, C) less the mean (C,), each of length 1."""
+    vectors = vectors - mean
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(length, 1e-6)).astype(np.float32)
+
+
+def principal_axes(vectors: np.ndarray, width: int) -> np.ndarray:
+    """(C, width): the first principal axes of vectors (N, C) as columns; zeros where there are fewer."""
+    _, _, axes = np.linalg.svd(vectors.T @ vectors)
+    axes = axes[:width].T
+    padded = np.pad(axes, ((0, 0), (0, width - axes.shape[1])))
+    return np.ascontiguousarray(padded, np.float32)
 
 
 def _number(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiglon.data.histories import HistoryStore, written_aside
-from tiglon.data.split import moment_starts
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
-from tiglon.nn.transformer import PADDING
 from tiglon.retrieval.beam import beam_search
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
+from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
@@ -56,19 +55,6 @@ class TigerConfig:
         for name in ("window", "batch_targets", "beams", "validation_users"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
-
-
-class Batch(NamedTuple):
-    """Rows of events, oldest first, padded at the end.
-
-    item, moment: (B, L) int64, moment PADDING where there is no event.   target: (B, L) bool.
-    user: (B,) int64, as `Histories.user` has it.
-    """
-
-    item: Tensor
-    moment: Tensor
-    target: Tensor
-    user: Tensor
 
 
 class Tiger(Retriever):
@@ -154,7 +140,9 @@ class Tiger(Retriever):
             sample = validation.take(rows)
 
         def epoch_batches(epoch: int) -> Sequence[Batch]:
-            return _Batches(log.item, moment, wanted, user, windows, c.batch_targets, [c.train.seed, epoch])
+            return WindowBatches(
+                log.item, moment, wanted, user, windows, c.batch_targets, [c.train.seed, epoch]
+            )
 
         def validate() -> float:
             assert sample is not None
@@ -247,18 +235,10 @@ class Tiger(Retriever):
 
     @torch.inference_mode()
     def _step(self, histories: Histories) -> Any:
-        some = histories.last(self.config.window)
-        lengths = some.lengths
-        width = int(lengths.max(initial=0))
-        at = some.offsets[:-1, None] + np.arange(width)
-        real = np.arange(width) < lengths[:, None]
-        item = np.where(real, some.item[np.where(real, at, 0)], 0) if width else np.zeros(at.shape, np.int64)
-        moment = np.where(real, histories_moments(some)[np.where(real, at, 0)], PADDING) if width else item
-        now = np.where(lengths > 0, np.where(real, moment, -1).max(axis=1, initial=-1) + 1, 0)
+        item, moment, now = padded_histories(histories.last(self.config.window))
         network: Any = self.network
         user = None if histories.user is None else torch.from_numpy(histories.user)
-        memory = network.encode(self._codes[torch.from_numpy(item)], torch.from_numpy(moment), user)
-        return network.decoder_for(memory, torch.from_numpy(now))
+        return network.decoder_for(network.encode(self._codes[item], moment, user), now)
 
     # -- items that arrive later -----------------------------------------------------------------
 
@@ -372,92 +352,3 @@ class Tiger(Retriever):
                 fix="Copy the folder again, or fit anew",
             ) from error
         return self
-
-
-# -- windows and batches -----------------------------------------------------------------------------
-
-
-def moments(log: Interactions) -> np.ndarray:
-    """(E,) which moment of its user's life each event belongs to, from 0; a basket is one moment."""
-    starts = moment_starts(log)
-    number = np.zeros(len(log), np.int64)
-    number[starts] = 1
-    number = np.cumsum(number) - 1
-    first = np.searchsorted(log.user, np.arange(len(log.users)))
-    return number - number[np.minimum(first, len(log) - 1)][log.user] if len(log) else number
-
-
-def histories_moments(histories: Histories) -> np.ndarray:
-    """(T,) the same for histories: 0 is the oldest moment that is there."""
-    owner, time = histories.owner, histories.time
-    new = np.ones(len(owner), np.int64)
-    new[1:] = (owner[1:] != owner[:-1]) | (time[1:] != time[:-1])
-    number = np.cumsum(new)
-    return (
-        number - number[histories.offsets[:-1].clip(max=max(len(number) - 1, 0))][owner]
-        if len(number)
-        else number
-    )
-
-
-class _Batches(Sequence[Batch]):
-    """The batches of one epoch: rows of one width together, in an order drawn by the seed.
-
-    Widths come in steps, and the batches of a width have the same number of rows (or one more): torch
-    compiles and keeps a kernel for every shape that it meets, so few shapes are fast and small.
-    """
-
-    def __init__(
-        self,
-        item: np.ndarray,
-        moment: np.ndarray,
-        wanted: np.ndarray,
-        user: np.ndarray,
-        windows: np.ndarray,
-        targets: int,
-        seed: list[int],
-    ) -> None:
-        self.item, self.moment, self.wanted, self.user = item, moment, wanted, user
-        self.windows = windows
-        random = np.random.default_rng(seed)
-        length = windows[:, 1] - windows[:, 0]
-        step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64) - 3, 0)
-        self.width = -(-length // step) * step  # exact up to 8, then to multiples of 2, 4, 8, …
-        predicted = windows[:, 1] - windows[:, 2]
-        groups: list[np.ndarray] = []
-        for width in np.unique(self.width):
-            rows = random.permutation(np.flatnonzero(self.width == width))
-            groups += np.array_split(rows, -(-int(predicted[rows].sum()) // targets))
-        self.groups = [groups[i] for i in random.permutation(len(groups)) if len(groups[i])]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return (self[i] for i in range(*index.indices(len(self))))
-        rows = self.groups[index]
-        log = (self.item, self.moment, self.wanted, self.user)
-        return collate(*log, self.windows[rows], int(self.width[rows[0]]))
-
-
-def collate(
-    item: np.ndarray,
-    moment: np.ndarray,
-    wanted: np.ndarray,
-    user: np.ndarray,
-    windows: np.ndarray,
-    width: int,
-) -> Batch:
-    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch `width` wide.
-
-    wanted: (E,) bool, the events that may be targets.   user: (E,) whose they are.
-    """
-    start, stop, first = windows.T
-    at = start[:, None] + np.arange(width)
-    real = at < stop[:, None]
-    at = np.where(real, at, start[:, None])
-    row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
-    target = real & (at >= first[:, None]) & wanted[at]
-    columns = item[at].astype(np.int64), row_moment.astype(np.int64), target, user[start]
-    return Batch(*map(torch.from_numpy, columns))

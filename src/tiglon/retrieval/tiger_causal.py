@@ -39,8 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
 from tiglon.retrieval.prefixes import Prefixes
+from tiglon.retrieval.windows import overlapping_windows
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class CausalTiger(nn.Module):
         self.decoder: Sequence[DecoderLayer] = nn.ModuleList(decoder)  # type: ignore[assignment]
         self.norm_encoder = nn.RMSNorm(c.width, eps=1e-6)
         self.norm_decoder = nn.RMSNorm(c.width, eps=1e-6)
-        self.bias_encoder = nn.Parameter(torch.zeros(c.distances + 1, c.heads, 1))
-        self.bias_cross = nn.Parameter(torch.zeros(c.distances + 1, c.heads, S))
+        self.bias_encoder = MomentBias(c.heads, c.distances)
+        self.bias_cross = MomentBias(c.heads, c.distances, S)
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
         self.dropout = Dropout(c.dropout)
 
@@ -134,45 +136,7 @@ class CausalTiger(nn.Module):
         new._modules = self._modules | {"prefixes": self.prefixes.extended(codes, vectors)}
         return new
 
-    @staticmethod
-    def windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
-        """Rows (start, stop, first target) of a log: whole lives, or overlapping halves of long ones.
-
-        Every event is a target once, the first of a life too (from the start state alone); in a life
-        longer than `window` it has at least half a window before it.
-        """
-        half = max(window // 2, 1)
-        length = np.diff(offsets)
-        pieces = np.where(length > 2 * half, -(-length // half) - 1, (length > 0).astype(np.int64))
-        life = np.repeat(np.arange(len(length)), pieces)
-        number = np.arange(len(life)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        start = offsets[life] + number * half
-        stop = np.minimum(start + 2 * half, offsets[life + 1])
-        return np.stack([start, stop, np.where(number > 0, start + half, start)], axis=1)
-
-    # -- relative biases -----------------------------------------------------------------------
-
-    def bucket(self, distance: Tensor) -> Tensor:
-        """Moments back → bucket: exact up to half of the buckets, then logarithmic, doubling every
-        sixth of the rest."""
-        half = self.config.distances // 2
-        far = half + (torch.log2(distance.clamp(min=1) / half) * half / 3).long()
-        return torch.where(distance < half, distance.clamp(min=0), far.clamp(half, self.config.distances - 1))
-
-    def relative(self, table: Tensor, query_BQ: Tensor, key_BK: Tensor, *, own: bool) -> Tensor:
-        """Bias (B, H, Q·q, K) of a table (buckets, H, q) between moments.
-
-        −inf on keys later than the query and, unless `own`, on those of its own moment. The start
-        state (moment −1) has a bucket of its own and is always seen. B is 1 where all users agree.
-        """
-        if (query_BQ == query_BQ[:1]).all() and (key_BK == key_BK[:1]).all():
-            query_BQ, key_BK = query_BQ[:1], key_BK[:1]
-        distance = query_BQ[:, :, None] - key_BK[:, None, :]
-        start = (key_BK < 0)[:, None, :]
-        hidden = (distance < 0 if own else distance <= 0) & ~start
-        bias = table[torch.where(start, self.config.distances, self.bucket(distance))]
-        bias_BQKHq = bias.masked_fill(hidden[..., None, None], HIDDEN)
-        return bias_BQKHq.permute(0, 3, 1, 4, 2).flatten(2, 3)
+    windows = staticmethod(overlapping_windows)
 
     # -- history → memory ----------------------------------------------------------------------
 
@@ -181,19 +145,12 @@ class CausalTiger(nn.Module):
         B, _, S = codes_BLS.shape
         x = self.embed(codes_BLS).sum(dim=2) * S**-0.5
         x = self.dropout(torch.cat([self.start.expand(B, 1, -1), x], dim=1))
-        moment = F.pad(moment_BL, (1, 0), value=-1)
-        bias = self.relative(self.bias_encoder, moment, moment, own=True)
+        moment = F.pad(moment_BL, (1, 0), value=START)
+        bias = self.bias_encoder(moment, moment, own=True)
         for layer in self.encoder:
             x, _ = layer(x, bias)
         x = self.dropout(self.norm_encoder(x))
         return Memory(x, [layer.cross_attention.keys_values(x) for layer in self.decoder], moment)
-
-    def latest(self, memory: Memory, moment_BL: Tensor) -> Tensor:
-        """(B, L, D) mean of the states of the latest moment before each of L moments."""
-        key_B1K, query_BL1 = memory.moment_BK[:, None], moment_BL[..., None]
-        before = torch.where(key_B1K < query_BL1, key_B1K, -2)
-        of_latest = (before == before.amax(dim=-1, keepdim=True)).to(memory.states_BKD.dtype)
-        return of_latest / of_latest.sum(dim=-1, keepdim=True) @ memory.states_BKD
 
     # -- memory → codes ------------------------------------------------------------------------
 
@@ -202,10 +159,10 @@ class CausalTiger(nn.Module):
         (B, L, _), P = codes_BLS.shape, len(self.sizes) - self.paired
         known = self.written(codes_BLS[..., :-1])
         x = torch.cat([self.begin.expand(B, L, 1, -1), known], dim=2)
-        x = self.dropout(x + self.latest(memory, moment_BL)[:, :, None])
+        x = self.dropout(x + latest(memory.states_BKD, memory.moment_BK, moment_BL)[:, :, None])
         later = torch.ones(P, P, dtype=torch.bool).triu(1)
         bias_self = self.bias_self.masked_fill(later, HIDDEN)
-        bias = self.relative(self.bias_cross, moment_BL, memory.moment_BK, own=False)
+        bias = self.bias_cross(moment_BL, memory.moment_BK, own=False)
         for layer, kv in zip(self.decoder, memory.layers, strict=True):
             x, _ = layer.over_codes(x.reshape(B * L, P, -1), bias_self)
             x = layer.over_history(x.reshape(B, L * P, -1), kv, bias)
@@ -246,9 +203,9 @@ class CausalDecoder:
     def __init__(self, model: CausalTiger, memory: Memory, moment_B: Tensor) -> None:
         self.model = model
         self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
-        self.bias_BHPK = model.relative(model.bias_cross, moment_B[:, None], memory.moment_BK, own=False)
+        self.bias_BHPK = model.bias_cross(moment_B[:, None], memory.moment_BK, own=False)
         self.past: list[KeysValues | None] = [None] * len(model.decoder)
-        self.latest_B1D = model.latest(memory, moment_B[:, None])
+        self.latest_B1D = latest(memory.states_BKD, memory.moment_BK, moment_B[:, None])
         self.written = torch.zeros(len(moment_B), 1, 0, dtype=torch.int64)  # (B, W, s) codes of each beam
         self.state_BWD = self.latest_B1D  # of the position that was computed last
 

@@ -1,0 +1,145 @@
+"""What sequence models train on and answer from: windows of lives, their moments, padded batches.
+
+Letters: E events, B rows, L events of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiglon.data.split import moment_starts
+from tiglon.nn.transformer import PADDING
+from tiglon.types import Histories, Interactions
+
+
+class Batch(NamedTuple):
+    """Rows of events, oldest first, padded at the end.
+
+    item, moment: (B, L) int64, moment PADDING where there is no event.   target: (B, L) bool.
+    user: (B,) int64, as `Histories.user` has it.
+    """
+
+    item: Tensor
+    moment: Tensor
+    target: Tensor
+    user: Tensor
+
+
+def overlapping_windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
+    """Rows (start, stop, first target) of a log: whole lives, or overlapping halves of long ones.
+
+    Every event is a target once, the first of a life too (from the start state alone); in a life
+    longer than `window` it has at least half a window before it.
+    """
+    half = max(window // 2, 1)
+    length = np.diff(offsets)
+    pieces = np.where(length > 2 * half, -(-length // half) - 1, (length > 0).astype(np.int64))
+    life = np.repeat(np.arange(len(length)), pieces)
+    number = np.arange(len(life)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = offsets[life] + number * half
+    stop = np.minimum(start + 2 * half, offsets[life + 1])
+    return np.stack([start, stop, np.where(number > 0, start + half, start)], axis=1)
+
+
+def moments(log: Interactions) -> np.ndarray:
+    """(E,) which moment of its user's life each event belongs to, from 0; a basket is one moment."""
+    starts = moment_starts(log)
+    number = np.zeros(len(log), np.int64)
+    number[starts] = 1
+    number = np.cumsum(number) - 1
+    first = np.searchsorted(log.user, np.arange(len(log.users)))
+    return number - number[np.minimum(first, len(log) - 1)][log.user] if len(log) else number
+
+
+def histories_moments(histories: Histories) -> np.ndarray:
+    """(T,) the same for histories: 0 is the oldest moment that is there."""
+    owner, time = histories.owner, histories.time
+    new = np.ones(len(owner), np.int64)
+    new[1:] = (owner[1:] != owner[:-1]) | (time[1:] != time[:-1])
+    number = np.cumsum(new)
+    return (
+        number - number[histories.offsets[:-1].clip(max=max(len(number) - 1, 0))][owner]
+        if len(number)
+        else number
+    )
+
+
+def padded_histories(histories: Histories) -> tuple[Tensor, Tensor, Tensor]:
+    """Items and moments (B, L) of histories, padding last, and the present moment (B,) of each user."""
+    lengths = histories.lengths
+    width = int(lengths.max(initial=0))
+    at = histories.offsets[:-1, None] + np.arange(width)
+    real = np.arange(width) < lengths[:, None]
+    at = np.where(real, at, 0)
+    item = np.where(real, histories.item[at], 0) if width else np.zeros(at.shape, np.int64)
+    moment = np.where(real, histories_moments(histories)[at], PADDING) if width else item
+    now = np.where(real, moment, -1).max(axis=1, initial=-1) + 1
+    return torch.from_numpy(item), torch.from_numpy(moment), torch.from_numpy(now)
+
+
+class WindowBatches(Sequence[Batch]):
+    """The batches of one epoch: rows of one width together, in an order drawn by the seed.
+
+    Widths come in steps, and the batches of a width have the same number of rows (or one more): torch
+    compiles and keeps a kernel for every shape that it meets, so few shapes are fast and small.
+    """
+
+    def __init__(
+        self,
+        item: np.ndarray,
+        moment: np.ndarray,
+        wanted: np.ndarray,
+        user: np.ndarray,
+        windows: np.ndarray,
+        targets: int,
+        seed: list[int],
+    ) -> None:
+        self.item, self.moment, self.wanted, self.user = item, moment, wanted, user
+        self.windows = windows
+        random = np.random.default_rng(seed)
+        length = windows[:, 1] - windows[:, 0]
+        step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64) - 3, 0)
+        self.width = -(-length // step) * step  # exact up to 8, then to multiples of 2, 4, 8, …
+        predicted = windows[:, 1] - windows[:, 2]
+        groups: list[np.ndarray] = []
+        for width in np.unique(self.width):
+            rows = random.permutation(np.flatnonzero(self.width == width))
+            groups += np.array_split(rows, -(-int(predicted[rows].sum()) // targets))
+        self.groups = [groups[i] for i in random.permutation(len(groups)) if len(groups[i])]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return (self[i] for i in range(*index.indices(len(self))))
+        rows = self.groups[index]
+        log = (self.item, self.moment, self.wanted, self.user)
+        return collate(*log, self.windows[rows], int(self.width[rows[0]]))
+
+
+def collate(
+    item: np.ndarray,
+    moment: np.ndarray,
+    wanted: np.ndarray,
+    user: np.ndarray,
+    windows: np.ndarray,
+    width: int,
+) -> Batch:
+    """Rows start, stop, first target (B, 3) of a log's items and moments (E,) → Batch `width` wide.
+
+    wanted: (E,) bool, the events that may be targets.   user: (E,) whose they are.
+    """
+    start, stop, first = windows.T
+    at = start[:, None] + np.arange(width)
+    real = at < stop[:, None]
+    at = np.where(real, at, start[:, None])
+    row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
+    target = real & (at >= first[:, None]) & wanted[at]
+    columns = item[at].astype(np.int64), row_moment.astype(np.int64), target, user[start]
+    return Batch(*map(torch.from_numpy, columns))
