@@ -57,7 +57,7 @@ class CausalConfig:
     distances: int = 32  # buckets of the relative bias, in moments; farther ones share the last
     prefixes: bool = True  # vectors of their own for the prefixes of trained items; paper: none
     content: bool = True  # and of the content of the items below; paper: none
-    pairs: int = 65_536  # predict the first two codes together if no more pairs of them exist; paper: 0
+    pairs: int = 16_384  # predict the first two codes together if no more pairs of them exist; paper: 0
 
 
 class Memory(NamedTuple):
