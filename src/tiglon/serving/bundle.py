@@ -3,6 +3,8 @@
     manifest.json                   format, version, recipe, schema; size and sha256 of every file below
     tiger/                          network, semantic IDs
     neighbours/ popularity/ repeats/    retrievers without training: baselines, and what answers in need
+    funnel/                         how what they find becomes one list
+    ranker/                         a lifelong ranker, where there is one
     histories/                      every user's life, memory-mapped
     items.parquet                   the catalogue; row i is dense item i
     text/ tokenizer/ vectors.npy    how a new item gets its ID; the vectors that the IDs were made of
@@ -12,7 +14,7 @@
 It is written aside, flushed to the disk and renamed: a reader sees the old bundle or the new one. Nothing
 in it is a pickle.
 
-Who answers. TIGER, where the history holds an item of the catalogue; if it finds fewer than k, the
+Who answers. The engine (`serving.engine`) asks all of them. `Bundle.recommend` asks TIGER alone, where the history holds an item of the catalogue; if it finds fewer than k, the
 neighbours of the history fill the list; a user without a history gets what is popular. `source` says which.
 """
 
@@ -48,6 +50,7 @@ from tiglon.errors import (
     UnknownIdError,
 )
 from tiglon.evaluation.protocol import Evaluation, evaluate
+from tiglon.ranking.model import LifelongRanker
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -56,7 +59,9 @@ from tiglon.semantic_ids import tokenizer as tokenizers
 from tiglon.semantic_ids.random_ids import RandomIds
 from tiglon.semantic_ids.report import IdReport, report
 from tiglon.semantic_ids.tokenizer import Tokenizer
-from tiglon.types import MISSING, Histories, Interactions, Items, Vocabulary
+from tiglon.serving import funnel as funnels
+from tiglon.serving.funnel import Funnel, FunnelConfig, Fusion
+from tiglon.types import MISSING, Histories, Interactions, Items, Targets, Vocabulary
 
 FORMAT = 1
 
@@ -157,6 +162,9 @@ class Bundle:
     exclude_seen: bool
     recipe: dict[str, Any]
     metrics: dict[str, Any]
+    fusions: dict[bool, Fusion] = field(default_factory=dict)  # by whether seen items are hidden
+    funnel_config: FunnelConfig = field(default_factory=FunnelConfig)
+    ranker: LifelongRanker | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -223,11 +231,49 @@ class Bundle:
         return [Recommendation(i, float(s), source) for i, s in zip(raw, score, strict=False)]
 
     def retrievers(self, exclude_seen: bool) -> Iterator[Retriever]:
-        """Baselines first; `repeats` only where it may repeat."""
-        yield from (self.popularity, self.neighbours.text, self.neighbours.together, self.neighbours)
-        if not exclude_seen:
-            yield self.repeats
-        yield self.tiger
+        """What the funnel asks, and the funnel where it has learned."""
+        yield from self.sources(exclude_seen)
+        if self.fusions:
+            yield self.funnel(exclude_seen)
+
+    def sources(self, exclude_seen: bool) -> list[Retriever]:
+        """What the funnel asks: baselines first, popularity the first; `repeats` only where it may repeat."""
+        baselines = [self.popularity, self.neighbours.text, self.neighbours.together, self.neighbours]
+        return [*baselines, *([] if exclude_seen else [self.repeats]), self.tiger]
+
+    def funnel(self, exclude_seen: bool) -> Funnel:
+        """All sources as one retriever; where it has learned nothing, their places count alike."""
+        return Funnel(
+            self.sources(exclude_seen),
+            self.popularity.counts,
+            self.fusions.get(exclude_seen),
+            self.funnel_config,
+        )
+
+    def with_funnel(
+        self,
+        config: FunnelConfig | None = None,
+        *,
+        targets: Targets | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Bundle:
+        """With a funnel that learned on the validation targets, once with seen items hidden, once shown.
+
+        progress: called with (task, users done, users in all).
+        """
+        c = config or FunnelConfig()
+        targets = targets if targets is not None else leave_last_out(self.log()).validation
+        fusions = {}
+        for hidden in (True, False):
+
+            def tell(done: int, users: int, hidden: bool = hidden) -> None:
+                if progress is not None:
+                    progress(f"funnel, seen items {'hidden' if hidden else 'shown'}", done, users)
+
+            fusions[hidden] = funnels.learn(
+                self.sources(hidden), self.popularity.counts, targets, c, exclude_seen=hidden, progress=tell
+            )
+        return replace(self, fusions=fusions, funnel_config=c, manifest={}, path=None)
 
     def evaluate(
         self,
@@ -287,6 +333,12 @@ class Bundle:
         both = np.concatenate([self.vectors, vectors])
         return replace(self, items=joined, tiger=model, vectors=both, manifest={}, path=None)
 
+    def remove_items(self, items: np.ndarray) -> Bundle:
+        """Without these dense items in any answer; their IDs are not given to others."""
+        model = copy.copy(self.tiger)
+        model.remove_items(np.asarray(items, np.int64))
+        return replace(self, tiger=model, manifest={}, path=None)
+
     def id_report(self) -> IdReport:
         """How good the semantic IDs are."""
         return report(self.tiger.ids, self.vectors, self.tokenizer)
@@ -320,6 +372,10 @@ class Bundle:
         self.text.save(aside / "text")
         self.tokenizer.save(aside / "tokenizer")
         np.save(aside / "vectors.npy", self.vectors)
+        if self.fusions:
+            funnels.save(self.fusions, self.funnel_config, aside / "funnel")
+        if self.ranker is not None:
+            self.ranker.save(aside / "ranker")
         (aside / "metrics.json").write_text(json.dumps(self.metrics, indent=1), encoding="utf-8")
         (aside / "ids_report.txt").write_text(self.id_report().table(), encoding="utf-8")
 
@@ -345,6 +401,9 @@ class Bundle:
         try:
             table = pl.read_parquet(path / "items.parquet")
             neighbours = NeighbourSum.load(path / "neighbours")
+            fusions, funnel_config = (
+                funnels.load(path / "funnel") if (path / "funnel").is_dir() else ({}, FunnelConfig())
+            )
             bundle = cls(
                 items=Items(Vocabulary(table["item_id"]), table),
                 tiger=Tiger.load(path / "tiger"),
@@ -358,6 +417,9 @@ class Bundle:
                 exclude_seen=manifest["exclude_seen"],
                 recipe=manifest["recipe"],
                 metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
+                fusions=fusions,
+                funnel_config=funnel_config,
+                ranker=LifelongRanker.load(path / "ranker") if (path / "ranker").is_dir() else None,
                 manifest=manifest,
                 path=path,
             )

@@ -69,7 +69,8 @@ class Pool:
     """What R retrievers found for B users: each item of a user once, ascending.
 
     offsets: (B+1,).   item: (T,) dense.   rank: (T, R) int32, the place at each retriever from 1, 0 where it
-    did not find the item.   score: (T, R) float32, as each gives it, NaN where it gives none.
+    did not find the item.   score: (T, R) float32, as each gives it; NaN where a list does not have the item,
+    0 where a catalogue does not.
     """
 
     names: tuple[str, ...]
@@ -86,6 +87,12 @@ class Pool:
     def owner(self) -> np.ndarray:
         """(T,) which of the B users each candidate is for."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def only(self, user: int) -> Pool:
+        """The pool of one of the users."""
+        rows = slice(self.offsets[user], self.offsets[user + 1])
+        offsets = np.array([0, rows.stop - rows.start])
+        return Pool(self.names, offsets, self.item[rows], self.rank[rows], self.score[rows])
 
 
 def gather(
@@ -160,6 +167,7 @@ def gather(
         if r in matrices:
             known = matrices[r].shape[1]
             there = item < known
+            score[~there, r] = 0
             score[there, r] = matrices[r][of[there], item[there]]
         else:
             score[here, r] = scores[r][row, place]
@@ -199,8 +207,8 @@ def feature_names(retrievers: Sequence[str]) -> tuple[str, ...]:
 def features(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.ndarray:
     """(T, F) float32 of a pool and the histories that it was gathered for.
 
-    Scores lie in 0 … 1: a catalogue's own scale, or from the last to the first of the user's list; places are
-    1 / (10 + place).   popularity: (N,) 0 … 1.
+    Scores keep their retriever's scale (of TIGER, log-probabilities) but begin at the user's best where not
+    every candidate has one; places are 1 / (10 + place).   popularity: (N,) 0 … 1.
     """
     T, R = pool.rank.shape
     out = np.zeros((T, 3 * R + 1 + len(OWN)), np.float32)
@@ -215,16 +223,19 @@ def features(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.nda
 
 
 def _level(pool: Pool, r: int) -> np.ndarray:
-    """(T,) the scores of a retriever in 0 … 1."""
-    score, found = pool.score[:, r], pool.rank[:, r] > 0
-    if not (np.isnan(score) & ~found).any() and np.nanmin(score, initial=0) >= 0:
-        return np.nan_to_num(score)
-    low, high = np.full(len(pool), np.inf, np.float32), np.full(len(pool), -np.inf, np.float32)
+    """(T,) the scores of a retriever: as they are where every candidate has one, else below the user's best;
+    a candidate that was not found stands one below the last."""
+    score = pool.score[:, r]
+    known = ~np.isnan(score)
+    if known.all():
+        return score
+    best, last = np.full(len(pool), -np.inf, np.float32), np.full(len(pool), np.inf, np.float32)
     owner = pool.owner
-    np.minimum.at(low, owner[found], score[found])
-    np.maximum.at(high, owner[found], score[found])
-    span = np.maximum(high - low, 1e-6)
-    return np.where(found, (np.nan_to_num(score) - low[owner]) / span[owner], 0)
+    np.maximum.at(best, owner[known], score[known])
+    np.minimum.at(last, owner[known], score[known])
+    silent = ~np.isfinite(best)
+    best[silent] = last[silent] = 0
+    return np.where(known, score, (last - 1)[owner]) - best[owner]
 
 
 def _own(pool: Pool, histories: Histories, n_items: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Event(Message):
     item_id: Id
     timestamp: Int64 = Field(description="in the unit of the log that the bundle was trained on")
     event_id: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = Field(
-        None, description="an event with the same event_id is stored once"
+        default=None, description="an event with the same event_id is stored once"
     )
     features: Annotated[dict[Name, Finite], Field(max_length=64)] = {}
 
@@ -59,11 +59,11 @@ class Asked(Message):
 
     user_id: Id | None = None
     history: Ids | None = Field(
-        None, description="item ids, oldest first, read in place of the user's stored life"
+        default=None, description="item ids, oldest first, read in place of the user's stored life"
     )
     explain: StrictBool = False
     budget_ms: Milliseconds | None = Field(
-        None, description="leave out the slow steps that do not fit, and say so in `degraded`"
+        default=None, description="leave out the slow steps that do not fit, and say so in `degraded`"
     )
     request_id: RequestId | None = None
 
@@ -77,9 +77,9 @@ class Asked(Message):
 class RecommendRequest(Asked):
     k: Count = 10
     exclude_seen: StrictBool | None = Field(
-        None, description="hide items of the history; null: as the bundle was trained"
+        default=None, description="hide items of the history; null: as the bundle was trained"
     )
-    allow: Ids | None = Field(None, description="only these items; null: all")
+    allow: Ids | None = Field(default=None, description="only these items; null: all")
     deny: Ids = Field(default=[], description="never these items")
     at_most: Annotated[dict[Name, Count], Field(max_length=8)] = Field(
         default={}, description='category caps: {"brand": 2} gives at most two items of one brand'

@@ -1,0 +1,632 @@
+"""Requests in, answers out, with reasons.
+
+    life ─▶ retrievers ─▶ pool ─▶ fusion ─▶ (lifelong ranker) ─▶ rules ─▶ answer
+
+    engine = Engine(Bundle.load("runs/first"), LmdbState("runs/state"))
+    engine.recommend(RecommendRequest(user_id=7, k=5))
+
+Whose life. The `history` of the request, where there is one; else what the bundle and the state know of the
+user. Where nothing is known, the answer is what is popular. Whatever stood in for something better is said in
+`degraded`.
+
+Rules. An item is never returned if it was removed, is denied, is not among the allowed, or is of the user's
+own past with exclude_seen; these are kept out before the retrievers choose, so that a list stays full. Caps on
+a column are kept while the list is written. A list is shorter than k only where the rules leave no more items.
+
+New items. A retriever that was fitted before an item came knows nothing of it. In a life it reads the item
+whose vector is nearest in its place; and in an answer a new item stands right behind that nearest item, one in
+ten at most, but at least one. TIGER writes the IDs of new items by itself.
+
+Time. With a budget, TIGER and the ranker are left out when what they usually take does not fit into what is
+left of it: the neighbours answer alone.
+
+Threads. A request keeps the catalogue that it began with; a change makes the next one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, UnknownIdError, did_you_mean
+from tiglon.ranking.model import LifelongRanker
+from tiglon.retrieval.neighbours import CatalogueScorer
+from tiglon.serving.bundle import Bundle
+from tiglon.serving.catalogue import Catalogue
+from tiglon.serving.funnel import Funnel, Pool, best_first, features, gather
+from tiglon.serving.lifelong import Lifelong
+from tiglon.serving.messages import (
+    Asked,
+    Attention,
+    BeamResponse,
+    Event,
+    EventsRequest,
+    EventsResponse,
+    Explanation,
+    Filtered,
+    ForgetResponse,
+    Id,
+    ItemsRequest,
+    ItemsResponse,
+    RankRequest,
+    RankResponse,
+    RecommendedItem,
+    RecommendRequest,
+    RecommendResponse,
+    SimilarItem,
+    SimilarRequest,
+    SimilarResponse,
+    Source,
+    TreeResponse,
+    UserResponse,
+)
+from tiglon.serving.state import Life, State
+from tiglon.serving.tree import beam_of, node_of
+from tiglon.types import MISSING, Histories
+
+NEW_SHARE = 10  # behind its like, one new item in so many of a list
+RANKED = 50  # candidates that the lifelong ranker reads, the best of the fusion
+STATE_DOWN = "state down: only what the bundle holds was read"
+
+
+@dataclass(eq=False)
+class _Asking:
+    """One request on its way: who asks, what was found, what was left out."""
+
+    request: Asked
+    life: Histories  # of one user
+    degraded: list[str]
+    began: float
+    pool: Pool | None = None
+    features: np.ndarray | None = None  # (T, F)
+    score: np.ndarray = field(default_factory=lambda: np.empty(0))  # (T,)
+
+    @property
+    def stranger(self) -> bool:
+        return not len(self.life.item)
+
+
+class Engine:
+    """Answers requests on a bundle. Safe to use from several threads.
+
+    state: what users did since; None: only the bundle's own lives, and no events are taken.
+    ranker: orders the best of the funnel anew; None: the bundle's, if it has one.
+    on_stage: told the seconds of each stage, by its name.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        state: State | None = None,
+        ranker: LifelongRanker | None = None,
+        on_stage: Callable[[str, float], None] = lambda name, seconds: None,
+    ) -> None:
+        self.state = state
+        self.pace: dict[str, float] = {}  # stage → seconds that it usually takes
+        self._on_stage = on_stage
+        self._catalogue = Catalogue(bundle)
+        self._change = threading.Lock()
+        ranker = ranker or bundle.ranker
+        self._lifelong = None if ranker is None else Lifelong(ranker, bundle.items.vocabulary)
+
+    @property
+    def bundle(self) -> Bundle:
+        """With all changes of the catalogue."""
+        return self._catalogue.bundle
+
+    # -- recommend ---------------------------------------------------------------------------------
+
+    def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """The k best items. Raises ConfigError for a column that does not exist."""
+        return self.recommend_many([request])[0]
+
+    def recommend_many(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
+        """The same answers; requests without lists and budgets of their own share the work."""
+        now = self._catalogue
+        began = time.perf_counter()
+        for request in requests:
+            _require_columns(now, request.at_most)
+        askings = [self._asking(now, request, began) for request in requests]
+        for group in _groups(requests):
+            self._find(now, [askings[i] for i in group], _hidden(now, requests[group[0]]))
+        return [self._answer(now, asking, request) for asking, request in zip(askings, requests, strict=True)]
+
+    def _find(self, now: Catalogue, askings: Sequence[_Asking], hidden: bool) -> None:
+        """Candidates and their scores, for requests that share hidden items, lists and k."""
+        request = askings[0].request
+        assert isinstance(request, RecommendRequest)
+        allowed = _allowed(now, request)
+        strange = [asking for asking in askings if asking.stranger]
+        for some, stranger in ((strange, True), ([a for a in askings if not a.stranger], False)):
+            if some:
+                width = request.k if not request.at_most else 4 * request.k
+                self._gather(now, some, hidden, stranger, k=width, allowed=allowed)
+
+    def _gather(
+        self, now: Catalogue, askings: Sequence[_Asking], hidden: bool, stranger: bool, **rules: Any
+    ) -> None:
+        """Ask the retrievers for some lives at once; of strangers only popularity has anything to say."""
+        funnel = now.funnels[hidden]
+        skip = {r.name for r in funnel.retrievers[1:]} if stranger else self._skipped(funnel, askings[0])
+        lives = _together([asking.life for asking in askings])
+        stand_in = now.stand_in if len(now) > now.trained else None
+        pool = gather(
+            funnel.retrievers,
+            lives,
+            len(now),
+            funnel.config,
+            exclude_seen=hidden,
+            stand_in=stand_in,
+            skip=skip,
+            spent=self._spent,
+            **rules,
+        )
+        began = time.perf_counter()
+        values = features(pool, lives, funnel.popularity)
+        score = pool.score[:, 0] if stranger else funnel.fusion.score(values)
+        for b, asking in enumerate(askings):
+            rows = slice(pool.offsets[b], pool.offsets[b + 1])
+            asking.pool, asking.features = pool.only(b), values[rows]
+            asking.score = np.nan_to_num(score[rows])
+        self._spent("fusion", time.perf_counter() - began)
+        if self._lifelong is not None and not stranger:
+            for asking in askings:
+                self._rank_lifelong(self._lifelong, asking)
+
+    def _rank_lifelong(self, lifelong: Lifelong, asking: _Asking) -> None:
+        """Add the ranker's log-odds to the scores of the best; the others stay behind them."""
+        assert asking.pool is not None
+        if self._too_slow("ranker", asking):
+            return
+        began = time.perf_counter()
+        best = best_first(asking.pool, asking.score)[:RANKED]
+        odds = lifelong.log_odds(asking.request.user_id, asking.life, asking.pool.item[best])
+        asking.score = asking.score.copy()
+        asking.score[best] += odds - odds.min(initial=0)  # never less, so that the others stay behind
+        self._spent("ranker", time.perf_counter() - began)
+
+    def _skipped(self, funnel: Funnel, asking: _Asking) -> set[str]:
+        """Retrievers that do not fit into the budget; those without training always do."""
+        slow = [r.name for r in funnel.retrievers if not isinstance(r, CatalogueScorer)]
+        return {name for name in slow if self._too_slow(name, asking)}
+
+    def _too_slow(self, stage: str, asking: _Asking) -> bool:
+        """Whether the budget leaves no time for a stage; if so, `degraded` says it."""
+        if self._left(asking) >= self.pace.get(stage, 0.0):
+            return False
+        self.pace[stage] *= 0.95  # a stage that was slow once is tried again
+        asking.degraded.append(f"{stage} skipped: time budget")
+        return True
+
+    def _left(self, asking: _Asking) -> float:
+        """Seconds of the budget; endless without one."""
+        budget = asking.request.budget_ms
+        return np.inf if budget is None else budget / 1e3 - (time.perf_counter() - asking.began)
+
+    def _spent(self, stage: str, seconds: float) -> None:
+        usual = self.pace.get(stage)
+        if usual is None:
+            self.pace[stage] = 0.0  # the first time, kernels are compiled: it tells nothing
+        else:
+            self.pace[stage] = usual + 0.1 * (seconds - usual) if usual else seconds
+        self._on_stage(stage, seconds)
+
+    # -- whose life ----------------------------------------------------------------------------------
+
+    def _asking(self, now: Catalogue, request: Asked, began: float) -> _Asking:
+        degraded: list[str] = []
+        if request.history is not None:
+            dense = now.items.encode(request.history)
+            if unknown := int((dense == MISSING).sum()):
+                degraded.append(f"{unknown} of the history's items unknown: left out")
+            life = Histories.of([dense[dense != MISSING]])
+        else:
+            assert request.user_id is not None
+            life = self._life(now, request.user_id, degraded)
+        if not len(life.item):
+            whose = "unknown user" if request.history is None else "empty history"
+            degraded.append(f"{whose}: popularity")
+        return _Asking(request, life, degraded, began)
+
+    def _life(self, now: Catalogue, user_id: Id, degraded: list[str]) -> Histories:
+        """What bundle and state know of one user, oldest first."""
+        store = now.bundle.histories
+        base = store.before(store.users.encode([user_id]))
+        try:
+            later = None if self.state is None else self.state.life(user_id)
+        except StorageError:
+            degraded.append(STATE_DOWN)
+            later = None
+        if later is None:
+            return base
+        if later.forgotten:
+            base = replace(base, offsets=np.zeros(2, np.int64), item=base.item[:0], time=base.time[:0])
+        dense = now.items.encode(later.item_ids)
+        known = dense != MISSING
+        item = np.concatenate([base.item, dense[known]])
+        moment = np.concatenate([base.time, np.array(later.times, np.int64)[known]])
+        order = np.argsort(moment, kind="stable")
+        return Histories(np.array([0, len(item)]), item[order], moment[order], user=base.user)
+
+    # -- the answer ------------------------------------------------------------------------------------
+
+    def _answer(self, now: Catalogue, asking: _Asking, request: RecommendRequest) -> RecommendResponse:
+        pool = asking.pool
+        assert pool is not None
+        chosen = self._chosen(now, asking, request)
+        row_of = {int(item): row for row, item in enumerate(pool.item)}
+        found = []
+        for (item, like), raw in zip(chosen, now.items.decode([i for i, _ in chosen]), strict=True):
+            row = row_of.get(item if like is None else like)
+            found.append(self._item(now, asking, raw, item, row, like is not None and item not in row_of))
+        asked = zip(pool.names, (pool.rank > 0).sum(axis=0).tolist(), strict=True)
+        return RecommendResponse(
+            request_id=request.request_id or new_id(),
+            bundle=now.bundle.version,
+            user_id=request.user_id,
+            items=found,
+            degraded=asking.degraded,
+            sources={name: count for name, count in asked if count},
+            filtered=self._filtered(now, asking, request) if request.explain else [],
+        )
+
+    def _chosen(
+        self, now: Catalogue, asking: _Asking, request: RecommendRequest
+    ) -> list[tuple[int, int | None]]:
+        """(dense item, the one behind which it stands as a new one) of the answer."""
+        hidden = set(asking.life.item.tolist()) if _hidden(now, request) else set()
+        allowed = _allowed(now, request)
+        room, taken = _Caps(now, request.at_most), set[int]()
+        new_left = max(1, request.k // NEW_SHARE)
+        answer: list[tuple[int, int | None]] = []
+        for item, like in self._in_order(now, asking):
+            if len(answer) == request.k:
+                break
+            if item in taken or item in hidden or (allowed is not None and not allowed[item]):
+                continue
+            if (like is not None and not new_left) or not room.take(item):
+                continue
+            new_left -= like is not None
+            taken.add(item)
+            answer.append((item, like))
+        return answer
+
+    def _in_order(self, now: Catalogue, asking: _Asking) -> Iterator[tuple[int, int | None]]:
+        """Candidates, best first, each followed by the new items that are like it; then everything else."""
+        assert asking.pool is not None
+        for item in asking.pool.item[best_first(asking.pool, asking.score)].tolist():
+            yield item, None
+            for new in now.newcomers.get(item, ()):
+                yield new, item
+        for item in now.popular.tolist():
+            yield item, None
+
+    def _item(
+        self, now: Catalogue, asking: _Asking, raw: Id, item: int, row: int | None, new: bool
+    ) -> RecommendedItem:
+        """row: of the pool, where the item or its like is in it."""
+        pool = asking.pool
+        assert pool is not None
+        score = float(asking.score.min(initial=0)) if row is None else float(asking.score[row])
+        if new or row is None or not pool.rank[row].any():
+            source = "new item" if item >= now.trained else "popularity"
+        else:
+            rank = np.where(pool.rank[row] > 0, pool.rank[row], np.iinfo(np.int32).max)
+            source = pool.names[int(rank.argmin())]
+        reasons = self._reasons(now, asking, item, row) if asking.request.explain else None
+        return RecommendedItem(item_id=raw, score=score, source=source, reasons=reasons)
+
+    def _reasons(self, now: Catalogue, asking: _Asking, item: int, row: int | None) -> Explanation:
+        pool, values = asking.pool, asking.features
+        assert pool is not None
+        assert values is not None
+        if row is None:
+            return Explanation(sources=[])
+        sources = [
+            Source(name=name, rank=int(rank), score=float(score))
+            for name, rank, score in zip(pool.names, pool.rank[row], pool.score[row], strict=True)
+            if rank
+        ]
+        fusion = now.funnels["repeats" not in pool.names].fusion
+        shares = {} if asking.stranger else fusion.shares(values[row])
+        attended = []
+        if self._lifelong is not None and not asking.stranger:
+            read = self._lifelong.attended(asking.request.user_id, asking.life, item)
+            raws = now.items.decode([i for i, _, _ in read])
+            attended = [
+                Attention(item_id=r, timestamp=t, weight=w) for r, (_, t, w) in zip(raws, read, strict=True)
+            ]
+        shares = {name: share for name, share in shares.items() if share}
+        return Explanation(sources=sources, features=shares, attended=attended)
+
+    def _filtered(self, now: Catalogue, asking: _Asking, request: RecommendRequest) -> list[Filtered]:
+        """What would stand among the first k without the rules, and which rule kept it out."""
+        free = _Asking(request.model_copy(update={"budget_ms": None}), asking.life, [], time.perf_counter())
+        hidden = _hidden(now, request)
+        self._gather(now, [free], False, asking.stranger, k=request.k)
+        assert free.pool is not None
+        first = free.pool.item[best_first(free.pool, free.score)][: request.k]
+        own, deny = set(asking.life.item.tolist()), set(now.items.encode(request.deny).tolist())
+        allow = None if request.allow is None else set(now.items.encode(request.allow).tolist())
+        room = _Caps(now, request.at_most)
+        found = []
+        for item, raw in zip(first.tolist(), now.items.decode(first), strict=True):
+            if not now.alive[item]:
+                rule = "removed"
+            elif hidden and item in own:
+                rule = "seen"
+            elif item in deny:
+                rule = "denied"
+            elif allow is not None and item not in allow:
+                rule = "not allowed"
+            elif not room.take(item):
+                rule = f"at_most: {room.full}"
+            else:
+                continue
+            found.append(Filtered(item_id=raw, rule=rule))
+        return found
+
+    # -- rank, similar ---------------------------------------------------------------------------------
+
+    def rank(self, request: RankRequest) -> RankResponse:
+        """Given items in the order of the funnel, seen ones too; of a new item its like is scored."""
+        now = self._catalogue
+        asking = self._asking(now, request, time.perf_counter())
+        given = list(dict.fromkeys(request.items))
+        dense = now.items.encode(given)
+        known = [(raw, int(i)) for raw, i in zip(given, dense, strict=True) if i != MISSING and now.alive[i]]
+        of = np.array([now.stand_in[i] for _, i in known], np.int64)
+        scored = np.unique(of[of != MISSING])
+        self._gather(now, [asking], False, asking.stranger, extra=scored)
+        assert asking.pool is not None
+        row_of = {int(item): row for row, item in enumerate(asking.pool.item)}
+        found = [
+            self._item(now, asking, raw, item, row_of.get(int(like)), item != like)
+            for (raw, item), like in zip(known, of, strict=True)
+        ]
+        missing = {raw for raw, _ in known}
+        return RankResponse(
+            request_id=request.request_id or new_id(),
+            bundle=now.bundle.version,
+            user_id=request.user_id,
+            items=sorted(found, key=lambda item: -item.score),
+            unknown=[raw for raw in given if raw not in missing],
+            degraded=asking.degraded,
+        )
+
+    def similar(self, request: SimilarRequest) -> SimilarResponse:
+        """Neighbours by text and by co-occurrence; of a new item, by its vector. Raises UnknownIdError."""
+        now = self._catalogue
+        item = int(now.items.require([request.item_id], "item")[0])
+        if item < now.trained:
+            gone = int((~now.alive).sum())
+            pairs = now.bundle.neighbours.similar_items([request.item_id], request.k + gone)[0]
+            source = now.bundle.neighbours.name
+        else:
+            near, cosine = now.nearest(np.array([item]), request.k + int((~now.alive).sum()))
+            real = near[0] != MISSING
+            pairs = list(zip(now.items.decode(near[0][real]), cosine[0][real].tolist(), strict=True))
+            source = "vectors"
+        alive = now.alive[now.items.encode([raw for raw, _ in pairs])]
+        kept = [pair for pair, there in zip(pairs, alive, strict=True) if there][: request.k]
+        return SimilarResponse(
+            request_id=request.request_id or new_id(),
+            bundle=now.bundle.version,
+            item_id=request.item_id,
+            items=[SimilarItem(item_id=raw, score=score, source=source) for raw, score in kept],
+        )
+
+    # -- what changes ----------------------------------------------------------------------------------
+
+    def events(self, request: EventsRequest) -> EventsResponse:
+        """Store events, all or none; the next request sees them. Raises UnknownIdError, DataError, StorageError."""
+        now, state = self._catalogue, self._require_state()
+        dense = now.items.encode([event.item_id for event in request.events])
+        for place, (event, item) in enumerate(zip(request.events, dense, strict=True)):
+            if item == MISSING:
+                raise UnknownIdError(
+                    f"events[{place}] with the item {event.item_id!r}, which is not in the catalogue",
+                    rule="An event is about an item of the catalogue; nothing of the request was stored",
+                    fix="Add the item first, or leave the event out",
+                )
+        latest = _latest_allowed(now.bundle.histories.time)
+        for place, event in enumerate(request.events):
+            if latest is not None and event.timestamp > latest:
+                raise DataError(
+                    f"events[{place}] with the timestamp {event.timestamp}, more than a day ahead",
+                    rule="An event has happened; nothing of the request was stored",
+                    fix="Send the time in the unit of the log that the bundle was trained on",
+                )
+        new = state.append(request.events)
+        return EventsResponse(
+            request_id=request.request_id or new_id(), accepted=sum(new), duplicates=len(new) - sum(new)
+        )
+
+    def items(self, request: ItemsRequest) -> ItemsResponse:
+        """Add, change and remove items: all of it or nothing. The next request sees it.
+
+        Raises SchemaError, DataError, CapacityError.
+        """
+        with self._change:
+            now, added, changed = self._catalogue, 0, 0
+            if request.add:
+                now, added, changed = now.with_rows(request.add)
+            dense = now.items.encode(request.remove)
+            unknown = [raw for raw, i in zip(request.remove, dense, strict=True) if i == MISSING]
+            there = np.unique(dense[dense != MISSING])
+            there = there[now.alive[there]]
+            if len(there):
+                now = now.without(there)
+            if self._lifelong is not None and added:
+                self._lifelong = Lifelong(self._lifelong.ranker, now.items)
+            if now is not self._catalogue:
+                _ = now.newcomers, now.popular, now.funnels  # made before the first request needs them
+            self._catalogue = now
+        return ItemsResponse(
+            request_id=request.request_id or new_id(),
+            bundle=now.bundle.version,
+            added=added,
+            changed=changed,
+            removed=len(there),
+            unknown=unknown,
+        )
+
+    def user(self, user_id: Id) -> UserResponse:
+        """A user's whole life, oldest first; empty for a stranger. Raises StorageError."""
+        now = self._catalogue
+        later = None if self.state is None else self.state.life(user_id)
+        later = Life() if later is None else later
+        events = [] if later.forgotten else self._base_events(now, user_id)
+        events += [
+            Event(user_id=user_id, item_id=item, timestamp=time, features=values, event_id=event_id)
+            for item, time, values, event_id in zip(
+                later.item_ids, later.times, later.features, later.event_ids, strict=True
+            )
+        ]
+        events.sort(key=lambda event: event.timestamp)
+        return UserResponse(user_id=user_id, known=bool(events), events=events)
+
+    def _base_events(self, now: Catalogue, user_id: Id) -> list[Event]:
+        store = now.bundle.histories
+        base = store.before(store.users.encode([user_id]))
+        columns = {name: column.tolist() for name, column in base.features.items()}
+        return [
+            Event(
+                user_id=user_id,
+                item_id=item,
+                timestamp=moment,
+                features={name: float(column[n]) for name, column in columns.items()},
+            )
+            for n, (item, moment) in enumerate(
+                zip(now.items.decode(base.item), base.time.tolist(), strict=True)
+            )
+        ]
+
+    def forget(self, user_id: Id) -> ForgetResponse:
+        """Delete what the state has of a user, and hide what the bundle has. Raises ConfigError, StorageError."""
+        now, state = self._catalogue, self._require_state()
+        later = state.life(user_id)
+        hidden = 0
+        if later is None or not later.forgotten:
+            store = now.bundle.histories
+            hidden = int(store.lengths(store.users.encode([user_id]))[0])
+        return ForgetResponse(user_id=user_id, events=state.forget(user_id) + hidden)
+
+    def _require_state(self) -> State:
+        if self.state is None:
+            raise ConfigError(
+                "no state to keep events in",
+                rule="An engine without a state knows only what its bundle holds",
+                fix='Make it with one: Engine(bundle, LmdbState("runs/state"))',
+            )
+        return self.state
+
+    # -- to be looked at -------------------------------------------------------------------------------
+
+    def tree(self, prefix: Sequence[int] = ()) -> TreeResponse:
+        """A node of the tree of semantic IDs. Raises ConfigError, UnknownIdError."""
+        return node_of(self._catalogue, prefix)
+
+    def beam(self, request: RecommendRequest) -> BeamResponse:
+        """Where TIGER's beam goes for a request: for each depth the k best prefixes that it kept."""
+        now = self._catalogue
+        asking = self._asking(now, request, time.perf_counter())
+        depths = beam_of(now, asking.life, request.k, exclude_seen=_hidden(now, request))
+        return BeamResponse(bundle=now.bundle.version, user_id=request.user_id, depths=depths)
+
+
+def new_id() -> str:
+    """An id for a request that came without one."""
+    return uuid.uuid4().hex[:16]
+
+
+class _Caps:
+    """Category caps, counted while a list is written. full: the cap that refused last."""
+
+    def __init__(self, now: Catalogue, at_most: Mapping[str, int]) -> None:
+        table = now.bundle.items.table
+        self.caps = [(name, table[name], most, Counter[Any]()) for name, most in at_most.items()]
+        self.full = ""
+
+    def take(self, item: int) -> bool:
+        """Whether there is room for a dense item, which then takes it; an item without a category needs none."""
+        found = []
+        for name, column, most, count in self.caps:
+            value = column[item]
+            if value is None:
+                continue
+            value = tuple(value) if isinstance(value, (list, type(column))) else value
+            if count[value] >= most:
+                self.full = name
+                return False
+            found.append((count, value))
+        for count, value in found:
+            count[value] += 1
+        return True
+
+
+def _require_columns(now: Catalogue, at_most: Mapping[str, int]) -> None:
+    known = now.bundle.items.table.columns
+    for name in at_most:
+        if name not in known:
+            raise SchemaError(
+                f"at_most with the column '{name}'",
+                rule="Caps are on columns of the item table",
+                fix=did_you_mean(name, known),
+            )
+
+
+def _hidden(now: Catalogue, request: RecommendRequest) -> bool:
+    return now.bundle.exclude_seen if request.exclude_seen is None else request.exclude_seen
+
+
+def _allowed(now: Catalogue, request: RecommendRequest) -> np.ndarray | None:
+    """(N,) bool, or None where every item is."""
+    if now.whole and request.allow is None and not request.deny:
+        return None
+    allowed = now.alive.copy()
+    if request.allow is not None:
+        named = np.zeros(len(now), bool)
+        dense = now.items.encode(request.allow)
+        named[dense[dense != MISSING]] = True
+        allowed &= named
+    dense = now.items.encode(request.deny)
+    allowed[dense[dense != MISSING]] = False
+    return allowed
+
+
+def _groups(requests: Sequence[RecommendRequest]) -> list[list[int]]:
+    """Places of the requests that can be asked together."""
+    groups: dict[Any, list[int]] = {}
+    for i, r in enumerate(requests):
+        alone = r.allow is not None or r.deny or r.at_most or r.budget_ms is not None
+        groups.setdefault(i if alone else (r.k, r.exclude_seen), []).append(i)
+    return list(groups.values())
+
+
+def _together(lives: Sequence[Histories]) -> Histories:
+    """Lives of one user each as one object."""
+    lengths = [len(life.item) for life in lives]
+    names = [np.array([MISSING]) if life.user is None else life.user for life in lives]
+    return Histories(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate([life.item for life in lives]),
+        np.concatenate([life.time for life in lives]),
+        user=np.concatenate(names),
+    )
+
+
+def _latest_allowed(times: np.ndarray) -> int | None:
+    """A day from now in the unit of a log's times, where they look like Unix time in s, ms, µs or ns."""
+    newest = int(times.max(initial=0))
+    for unit in (1, 10**3, 10**6, 10**9):
+        if 5 * 10**8 * unit <= newest < 5 * 10**9 * unit:
+            return int((time.time() + 86_400) * unit)
+    return None
