@@ -162,6 +162,11 @@ def test_what_is_no_id_is_refused(state, user):
         state.forget(user)
 
 
+def test_what_no_text_can_be_is_refused(state):
+    with pytest.raises(DataError, match=r"the id '.ud800'\. Ids are text that UTF-8 can hold"):
+        state.forget("\ud800")
+
+
 def test_who_is_forgotten_is_gone_and_the_bundles_part_hidden(state):
     state.append([event(1, 5, 10, "a"), event(1, 6, 20), event(2, 7, 30)])
     assert state.forget(1) == 2
@@ -385,6 +390,14 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path):
     again = LmdbState(tmp_path / "state")
     assert len(again.life(1)) == 2000
     again.close()
+
+
+def test_a_folder_of_a_later_format_is_not_read(tmp_path):
+    LmdbState(tmp_path).close()
+    with lmdb.open(str(tmp_path), max_dbs=3) as env, env.begin(write=True) as txn:
+        txn.put(b"format", b"2")
+    with pytest.raises(StorageError, match="has format 2, and this Tiglon reads 1"):
+        LmdbState(tmp_path)
 
 
 def test_a_place_that_cannot_be_is_one_clear_error(tmp_path):

@@ -39,6 +39,7 @@ from tiglon.serving.messages import Event
 Id = int | str
 T = TypeVar("T")
 
+FORMAT = 1  # of an LMDB folder
 _DIGEST = 16  # bytes
 _NUMBER = struct.Struct(">Q")
 _MOST_READERS = 1024  # transactions at one moment, of all processes; LMDB's own 126 are few for threads
@@ -90,7 +91,10 @@ class State(Protocol):
 def _typed(raw: Id) -> bytes:
     if isinstance(raw, bool) or not isinstance(raw, (int, str)):
         raise DataError(f"the id {raw!r} of type {type(raw).__name__}", rule="Ids are integers or strings")
-    return b"i%d" % raw if isinstance(raw, int) else b"s" + raw.encode("utf-8", "surrogatepass")
+    try:
+        return b"i%d" % raw if isinstance(raw, int) else b"s" + raw.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the id {raw!r}", rule="Ids are text that UTF-8 can hold") from error
 
 
 def _digest(content: bytes) -> bytes:
@@ -171,7 +175,9 @@ class LmdbState:
         try:
             self._require_whole(env)
             env.reader_check()  # frees the slots of processes that were killed while they read
-            self._users, self._events, self._marks = _databases(env)
+            written, (self._users, self._events, self._marks) = _databases(env)
+            if written != FORMAT:
+                raise self._down(f"has format {written}, and this Tiglon reads {FORMAT}")
         except (lmdb.Error, OSError) as error:
             env.close()
             if isinstance(error, StorageError):
@@ -266,10 +272,8 @@ class LmdbState:
                 self._resize(room, 2 * room)
             except lmdb.MapResizedError:  # another process made it larger
                 self._resize(room, 0)
-            except (
-                lmdb.PanicError
-            ) as error:  # the header could not be written: only a new environment goes on
-                self._panicked = True
+            except lmdb.PanicError as error:
+                self._panicked = True  # its header could not be written: only a new environment goes on
                 if panicked:
                     raise self._down(f"refused: {error}") from error
             except (lmdb.Error, OSError) as error:
@@ -301,12 +305,14 @@ class LmdbState:
         )
 
 
-def _databases(env: lmdb.Environment) -> list[Any]:
-    """Users, events and marks; made where they are not there yet."""
+def _databases(env: lmdb.Environment) -> tuple[int, list[Any]]:
+    """The format, and users, events and marks; made where they are not there yet."""
     while True:
         try:
             with env.begin(write=True) as txn:
-                return [env.open_db(name, txn) for name in (b"users", b"events", b"marks")]
+                txn.put(b"format", b"%d" % FORMAT, overwrite=False)
+                databases = [env.open_db(name, txn) for name in (b"users", b"events", b"marks")]
+                return int(txn.get(b"format") or 0), databases
         except lmdb.MapResizedError:  # other processes have made it larger than ours is
             env.set_mapsize(0)
 
