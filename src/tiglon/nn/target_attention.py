@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from tiglon.types import Behaviours
 
 HIDDEN = float("-inf")
-_SELF = 6.0  # α of an item with itself as training begins
+_SELF = 4.0  # α of an item with itself as training begins
 
 
 class TargetAttention(nn.Module):
     """`score`, then `mix`: search and attention share the first.
 
     identity: W^q and W^h begin as the same random orthonormal projection, so that α begins as a similarity of
-        items, and so large that an item scores 6 with itself; otherwise both are drawn apart, as linear layers
+        items, and so large that an item scores 4 with itself; otherwise both are drawn apart, as linear layers
         are. The published form leaves this open, and it decides whether attention is learned at all: from
         projections apart, or from scores near 0, where the softmax is a mean and the cross features' random
         bias outweighs the items, a planted behaviour among 300 was not found (docs/log.md).

@@ -13,8 +13,9 @@ stages, softmax(α)ᵀ K W^v over the unsplit features of the behaviours found, 
 of the heads' lists to 100 unique behaviours that all heads share, and the cache of all items' projections
 that is refreshed beside the weights.
 
-Deviations. The paper leaves the projections' beginning open: here W^q and W^h begin as the same random
-orthonormal projection, see `tiglon.nn.target_attention`. In training the search reads keys of the step's own
+Deviations. The paper leaves the projections' beginning open: here W^q and W^h begin as the same orthonormal
+projection, scaled so that an item scores 4 with itself. Where 1 of 300 behaviours decides, that reaches AUC .90
+in 400 steps, drawn apart .52 (docs/log.md). In training the search reads keys of the step's own
 weights; nothing is stale there. Biases of the cross features are looked up as well: w_j β_j of every code.
 
 Cost a request: reading L cached keys of A·d numbers, K·A·d·L multiplications, no product of size L × H;
