@@ -14,6 +14,8 @@ import pytest
 
 from tiglon import cli
 from tiglon.serving.bundle import Bundle
+from tiglon.serving.engine import Engine
+from tiglon.serving.messages import RecommendRequest
 
 
 @pytest.fixture
@@ -88,8 +90,9 @@ def test_evaluate_prints_a_table_that_fits_a_terminal(tiglon, bundle_path):
 
 def test_recommend_shows_what_the_items_are(tiglon, bundle_path):
     status, out, err = tiglon("recommend", bundle_path, "--user", 3, "--k", 2)
-    best = Bundle.load(bundle_path).recommend([3], 2)[0][0]
-    title = Bundle.load(bundle_path).items.table["title"][best.item_id]
+    bundle = Bundle.load(bundle_path)
+    best = Engine(bundle).recommend(RecommendRequest(user_id=3, k=2)).items[0]
+    title = bundle.items.table["title"][best.item_id]
     assert (status, err) == (0, "")
     assert title in out
 
@@ -98,8 +101,14 @@ def test_recommend_for_a_history_says_what_it_skips(tiglon, bundle_path):
     status, out, err = tiglon("recommend", bundle_path, "--history", "1, 2,4711", "--k", 3, "--json")
     assert status == 0
     assert err == "not in the catalogue, and skipped: 4711\n"
-    expected = Bundle.load(bundle_path).recommend(history=[[1, 2]], k=3)[0]
+    expected = Engine(Bundle.load(bundle_path)).recommend(RecommendRequest(history=[1, 2], k=3)).items
     assert [item["item_id"] for item in json.loads(out)["items"]] == [r.item_id for r in expected]
+
+
+def test_recommend_says_who_found_each_item(tiglon, bundle_path):
+    status, out, _ = tiglon("recommend", bundle_path, "--user", 3, "--k", 2, "--explain")
+    assert status == 0
+    assert out.count("(place ") >= 2
 
 
 def test_ids_report_and_plot(tiglon, bundle_path, tmp_path):
@@ -254,7 +263,7 @@ def test_a_catalogue_of_one_item_and_k_beyond_it(train, tiglon, tmp_path):
 
 def test_an_unknown_user_gets_what_is_popular_and_is_told(tiglon, bundle_path):
     status, out, err = tiglon("recommend", bundle_path, "--user", 4711, "--k", 2, "--json")
-    assert (status, err) == (0, "user 4711 is not in the log; what is popular follows\n")
+    assert (status, err) == (0, "unknown user: popularity\n")
     assert {item["source"] for item in json.loads(out)["items"]} == {"popularity"}
     status, _, err = tiglon("recommend", bundle_path, "--user", "Anna")
     assert (status, err) == (1, "error: the id 'Anna'. Ids here are whole numbers, such as 0.\n")

@@ -209,39 +209,48 @@ def recommend(
     exclude_seen: Annotated[
         bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
     ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say who found each item.")] = False,
     as_json: Json = False,
 ) -> None:
     """The k best items for a user, or for a history. A user without a history gets what is popular."""
     from tiglon.serving.bundle import Bundle, matching_id
+    from tiglon.serving.engine import Engine
+    from tiglon.serving.messages import MOST_ITEMS, RecommendRequest
     from tiglon.terminal import recommendation_table
 
     if (user is None) == (history is None):
         raise typer.BadParameter("give either --user or --history")
+    if not 1 <= k <= MOST_ITEMS:
+        raise ConfigError(f"k of {k}", rule=f"k is a whole number of 1 … {MOST_ITEMS}")
     loaded = Bundle.load(bundle)
-    if user is not None:
-        who = matching_id(loaded.histories.users, user)
-        if (loaded.histories.users.encode([who]) < 0).any():
-            _say(f"user {user} is not in the log; what is popular follows")
-        found = loaded.recommend([who], k, exclude_seen=exclude_seen)[0]
-    else:
-        who = None
-        given = [matching_id(loaded.items.vocabulary, part.strip()) for part in (history or "").split(",")]
+    who = None if user is None else matching_id(loaded.histories.users, user)
+    given = None
+    if history is not None:
+        given = [matching_id(loaded.items.vocabulary, part.strip()) for part in history.split(",")]
         unknown = [i for i, d in zip(given, loaded.items.vocabulary.encode(given), strict=True) if d < 0]
         if unknown:
             _say(f"not in the catalogue, and skipped: {', '.join(map(str, unknown))}")
-        found = loaded.recommend(history=[given], k=k, exclude_seen=exclude_seen)[0]
+            given = [i for i in given if i not in unknown]
+    answer = Engine(loaded).recommend(
+        RecommendRequest(user_id=who, history=given, k=k, exclude_seen=exclude_seen, explain=explain)
+    )
+    for line in answer.degraded:
+        _say(line)
     if as_json:
-        items = [{"item_id": r.item_id, "score": r.score, "source": r.source} for r in found]
-        answer: dict[str, Any] = {"user_id": who, "items": items, "bundle": loaded.version}
-        print(json.dumps(answer, ensure_ascii=False))
-    else:
-        _stdout().print(recommendation_table(loaded, found))
+        print(json.dumps({"user_id": who, **answer.model_dump(exclude_none=True)}, ensure_ascii=False))
+        return
+    _stdout().print(recommendation_table(loaded, answer.items))
+    for item in answer.items:
+        if item.reasons is not None:
+            found = ", ".join(f"{s.name} (place {s.rank})" for s in item.reasons.sources)
+            print(f"{item.item_id}: {found or 'popular'}")
 
 
 @app.command()
 def serve(
     source: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a home of published ones (docs/serving.md).")
+        Path,
+        typer.Argument(metavar="BUNDLE", help="A bundle, or a home of published ones (docs/serving.md)."),
     ],
     host: Annotated[str, typer.Option(help="Beyond this machine only with --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,

@@ -1,4 +1,4 @@
-"""The whole funnel on real data: log → semantic IDs → TIGER → evaluation → ten recommendations.
+"""The whole funnel on real data: log → semantic IDs → TIGER → funnel → evaluation → ten recommendations.
 
 Command   tiglon demo
 Hardware  one core of two, idle: 7 minutes in all
@@ -19,6 +19,8 @@ from tiglon.data.split import moment_starts
 from tiglon.recipes import Recipe, Reporter, tiger, train
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.serving.bundle import Bundle, is_bundle
+from tiglon.serving.engine import Engine
+from tiglon.serving.messages import RecommendRequest
 from tiglon.terminal import describe, metrics_table, recommendation_table
 
 HOUSEHOLDS = 10  # a product enters the demo's catalogue when at least so many bought it
@@ -34,7 +36,8 @@ def recipe(events: int, items: int) -> Recipe:
     shape = replace(
         settings.tiger, model=model, train=training, window=64, batch_targets=512, validation_users=400
     )
-    return replace(settings, name="demo", tiger=shape)
+    funnel = replace(settings.funnel, users=1_000)  # half a minute
+    return replace(settings, name="demo", tiger=shape, funnel=funnel)
 
 
 def run(out: Path, minutes: float, reporter: Reporter, console: Console) -> Bundle:
@@ -74,7 +77,7 @@ def show(bundle: Bundle, console: Console) -> None:
     console.print(f"\nHousehold {household} bought last:")
     for item, words in zip(basket, describe(bundle, basket), strict=True):
         console.print(f"  {item:>9}  {words}", highlight=False)
-    found = bundle.recommend([household], k=10)[0]
+    found = Engine(bundle).recommend(RecommendRequest(user_id=household, k=10)).items
     console.print()
     console.print(recommendation_table(bundle, found, f"Ten recommendations for household {household}"))
     again = sum(r.item_id in bought for r in found)
@@ -102,7 +105,7 @@ def _verdict(bundle: Bundle) -> str:
     return f"'{best}' leads this table; so short a training (--minutes) brings TIGER to {share:.0%} of its ndcg@10."
 
 
-def _household(bundle: Bundle) -> tuple[object, list[object]]:
+def _household(bundle: Bundle) -> tuple[int | str, list[object]]:
     """The first household whose last basket has five to ten lines, and that basket's raw items."""
     log = bundle.log()
     starts = moment_starts(log)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tiglon.recipes import Reporter, text_columns
 from tiglon.serving.bundle import Bundle, Recommendation
+from tiglon.serving.messages import RecommendedItem
 
 _METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10", "ndcg@20")
 _QUIET_SECONDS = 20  # between two plain lines of one task
@@ -74,7 +75,9 @@ def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
     return rows
 
 
-def recommendation_table(bundle: Bundle, found: Sequence[Recommendation], title: str = "") -> Table:
+def recommendation_table(
+    bundle: Bundle, found: Sequence[Recommendation | RecommendedItem], title: str = ""
+) -> Table:
     """A line an item: id, what it is, score, source."""
     rows = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     rows.add_column("item", no_wrap=True)

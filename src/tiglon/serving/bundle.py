@@ -284,13 +284,14 @@ class Bundle:
     ) -> list[Evaluation]:
         """All retrievers on the last moment (test) or the one before (validation) of each stored user.
 
+        On the validation without the funnel, which learned from it.
         progress: called with (retriever, users done, users in all).
         """
         parts = leave_last_out(self.log())
         targets = parts.test if split == "test" else parts.validation
         mask = self.exclude_seen if exclude_seen is None else exclude_seen
         rows = []
-        for retriever in self.retrievers(mask):
+        for retriever in self.retrievers(mask) if split == "test" else self.sources(mask):
             counts = np.bincount(parts.train.item, minlength=len(retriever.items))
 
             def tell(done: int, users: int, name: str = retriever.name) -> None:
