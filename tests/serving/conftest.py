@@ -1,4 +1,4 @@
-"""Real servers: `tiglon serve` in a process of its own, on a free port of this machine."""
+"""Real servers on free ports of this machine: `tiglon serve` in a process, or an app in a thread."""
 
 import http.client
 import json
@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
+import uvicorn
 
 PATIENCE = 90  # seconds; a busy machine starts slowly
 
@@ -22,6 +24,9 @@ class Client:
     def __init__(self, port, key=None):
         self.port = port
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def with_key(self, key):
+        return Client(self.port, key)
 
     def ask(self, method, path, body=None, headers=None):
         """`body`: an object, sent as JSON, or bytes, sent as they are."""
@@ -55,9 +60,6 @@ class Server(Client):
     def __init__(self, process, log, port):
         super().__init__(port)
         self.process, self.log = process, log
-
-    def with_key(self, key):
-        return Client(self.port, key)
 
     def raw(self, sent):
         """The bytes that come back for bytes, until the server closes."""
@@ -119,6 +121,21 @@ def _ready(server):
         return False
 
 
+@contextmanager
+def working(app):
+    """A client of an app that runs in a thread: a server whose engine a test can hold up."""
+    config = uvicorn.Config(app, port=0, http="h11", ws="none", lifespan="on", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        yield Client(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 @pytest.fixture(scope="session", name="served")
 def _served():
     return served
@@ -127,6 +144,11 @@ def _served():
 @pytest.fixture(scope="session", name="until")
 def _until():
     return until
+
+
+@pytest.fixture(scope="session", name="working")
+def _working():
+    return working
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def create_app(source: Path, state: State | None, settings: Settings | None = No
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         changes = Changes(settings.changes) if settings.changes is not None else None
-        live = Live(source, state, changes, metrics.swapped)
+        live = Live(source, state, changes, metrics.swapped, metrics.staged)
         app.state.desk = desk = Desk(live, metrics, settings)
         note("ready", bundle=live.engine.bundle.version)
         ended = asyncio.Event()
@@ -210,7 +210,7 @@ async def recommend(
         _examples(
             a_user={"user_id": 7, "k": 5},
             a_history={"history": [12, 3, 44], "k": 5, "explain": True},
-            with_rules={"user_id": 7, "deny": [3], "at_most": {"brand": 2}, "budget_ms": 40},
+            with_rules={"user_id": 7, "deny": [3], "at_most": {"category": 2}, "budget_ms": 40},
         ),
     ],
 ) -> Response:
@@ -334,7 +334,7 @@ async def forget(desk: Here, now: Now, user_id: str, id_type: IdType = "auto") -
     return await desk.answer(now, lambda engine: engine.forget(_typed(engine, user_id, id_type)))
 
 
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _ID: TypeAdapter[int | str] = TypeAdapter(Id)
 
 

@@ -28,6 +28,7 @@ class Live:
 
     source: a bundle, or a home whose CURRENT names one.
     on_swap: called with the old version and the new one; an empty new one is a change that failed.
+    on_stage: called with each stage of the funnel and its seconds.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Live:
         state: State | None,
         changes: Changes | None,
         on_swap: Callable[[str, str], None] = lambda old, new: None,
+        on_stage: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
         self.source, self.state, self.changes = source, state, changes
         self.trouble = ""
-        self._on_swap = on_swap
+        self._on_swap, self._on_stage = on_swap, on_stage
         self._lock = threading.Lock()  # held by who changes the engine
         self._folder = bundle_folder(source)
         self.engine, self._place = self._load(self._folder)
@@ -87,7 +89,7 @@ class Live:
         self._on_swap(old.bundle.version, engine.bundle.version)
 
     def _load(self, folder: Path) -> tuple[Engine, int]:
-        engine = Engine(Bundle.load(folder), self.state)
+        engine = Engine(Bundle.load(folder), self.state, on_stage=self._on_stage)
         return engine, self._apply(engine, 0)
 
     def _apply(self, engine: Engine, place: int) -> int:

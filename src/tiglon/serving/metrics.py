@@ -7,6 +7,7 @@ PROMETHEUS_MULTIPROC_DIR, which must be set before this module is imported.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from prometheus_client import (
@@ -54,13 +55,16 @@ class Metrics:
         answers = getattr(message, "responses", [message])
         degraded = [why for one in answers for why in getattr(one, "degraded", [])]
         for why in degraded:
-            self.degraded.labels(why).inc()
+            self.degraded.labels(re.sub(r"\d+", "n", why)).inc()  # few labels, whatever was counted
         for one in answers:
             if isinstance(one, RecommendResponse):
                 for item in one.items:
                     self.items.labels(item.source).inc()
         bundle = getattr(answers[0], "bundle", "")
         return {**({"bundle": bundle} if bundle else {}), **({"degraded": degraded} if degraded else {})}
+
+    def staged(self, name: str, seconds: float) -> None:
+        self.stages.labels(name).observe(seconds)
 
     def swapped(self, old: str, new: str) -> None:
         """Another bundle answers; `new` is empty where it could not be taken up."""
