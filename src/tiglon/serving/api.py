@@ -38,10 +38,14 @@ from tiglon.serving.messages import (
     BeamResponse,
     EventsRequest,
     EventsResponse,
+    FindRequest,
+    FindResponse,
     ForgetResponse,
     Id,
     ItemsRequest,
     ItemsResponse,
+    LookupRequest,
+    LookupResponse,
     Message,
     RankRequest,
     RankResponse,
@@ -374,6 +378,22 @@ async def beam(
     """Where TIGER's beam went for this request, depth by depth."""
     now.take(asked.request_id)
     return await desk.answer(now, lambda engine: engine.beam(desk.prepared(asked, now)))
+
+
+@v1.post("/lookup", response_model=LookupResponse, dependencies=[READ])
+async def lookup(
+    desk: Here, now: Now, asked: Annotated[LookupRequest, _examples(two={"item_ids": [3, 12]})]
+) -> Response:
+    """What the catalogue says of items: text, columns, semantic ID."""
+    return await desk.answer(now, lambda engine: engine.lookup(asked.item_ids))
+
+
+@v1.post("/find", response_model=FindResponse, dependencies=[READ])
+async def find(
+    desk: Here, now: Now, asked: Annotated[FindRequest, _examples(some={"text": "1", "k": 5})]
+) -> Response:
+    """Users and items by the beginning of an id, items also by a part of their text."""
+    return await desk.answer(now, lambda engine: engine.find(asked.text, asked.k))
 
 
 class Health(Message):

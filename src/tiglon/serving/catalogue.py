@@ -101,6 +101,17 @@ class Catalogue:
         rows = Items(Vocabulary(pl.Series(range(table.height))), table)  # an item may stand there twice
         return [words[:_TEXT] or name for words, name in zip(render(rows, template), names, strict=True)]
 
+    @cached_property
+    def texts(self) -> pl.Series:
+        """(N,) `describe` of every item, in small letters."""
+        return pl.Series(self.describe(np.arange(len(self))), dtype=pl.String).str.to_lowercase()
+
+    def find(self, text: str, k: int) -> np.ndarray:
+        """At most k items that are alive, whose id begins with `text` or whose description holds it."""
+        ids = self.bundle.items.table["item_id"].cast(pl.String)
+        there = ids.str.starts_with(text) | self.texts.str.contains(text.lower(), literal=True)
+        return np.flatnonzero(there.to_numpy() & self.alive)[:k]
+
     # -- changes -------------------------------------------------------------------------------------
 
     def with_rows(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Catalogue, int, int]:

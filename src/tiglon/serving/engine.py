@@ -34,6 +34,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import polars as pl
+import polars.selectors as cs
 
 from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, UnknownIdError, did_you_mean
 from tiglon.ranking.model import LifelongRanker
@@ -51,10 +53,13 @@ from tiglon.serving.messages import (
     EventsResponse,
     Explanation,
     Filtered,
+    FindResponse,
     ForgetResponse,
     Id,
+    ItemDetails,
     ItemsRequest,
     ItemsResponse,
+    LookupResponse,
     RankRequest,
     RankResponse,
     RecommendedItem,
@@ -64,6 +69,7 @@ from tiglon.serving.messages import (
     SimilarRequest,
     SimilarResponse,
     Source,
+    TreeItem,
     TreeResponse,
     UserResponse,
 )
@@ -540,6 +546,35 @@ class Engine:
         asking = self._asking(now, request, time.perf_counter())
         depths = beam_of(now, asking.life, request.k, exclude_seen=_hidden(now, request))
         return BeamResponse(bundle=now.bundle.version, user_id=request.user_id, depths=depths)
+
+    # -- what is there ---------------------------------------------------------------------------
+
+    def lookup(self, item_ids: Sequence[Id]) -> LookupResponse:
+        """What the catalogue says of these items; those that are unknown or removed are left out."""
+        now = self._catalogue
+        dense = now.items.encode(list(item_ids))
+        dense = dense[dense != MISSING]
+        dense = dense[now.alive[dense]]
+        table = now.bundle.items.table.select(~cs.by_dtype(pl.List(pl.Float64), pl.List(pl.Float32)))
+        rows = table[dense.tolist()].to_dicts()
+        codes = now.bundle.tiger.ids.codes[dense].tolist()
+        items = [
+            ItemDetails(item_id=row.pop("item_id"), text=text, columns=row, code=code)
+            for row, text, code in zip(rows, now.describe(dense), codes, strict=True)
+        ]
+        return LookupResponse(bundle=now.bundle.version, items=items)
+
+    def find(self, text: str, k: int = 8) -> FindResponse:
+        """Users by the beginning of their id, items by that or by a part of their text; at most k of each."""
+        now = self._catalogue
+        users = pl.Series(now.bundle.histories.users.raw)
+        users = users.filter(users.cast(pl.String).str.starts_with(text)).head(k)
+        found = now.find(text, k)
+        items = [
+            TreeItem(item_id=raw, text=words)
+            for raw, words in zip(now.items.decode(found), now.describe(found), strict=True)
+        ]
+        return FindResponse(bundle=now.bundle.version, users=users.to_list(), items=items)
 
 
 def new_id() -> str:

@@ -265,6 +265,42 @@ class BeamResponse(Message):
     depths: list[list[BeamPrefix]]
 
 
+# -- what is there -----------------------------------------------------------------------------------------
+
+
+class LookupRequest(Message):
+    item_ids: Annotated[list[Id], Field(max_length=MOST_ITEMS)]
+
+
+class ItemDetails(Message):
+    """columns: what the item table says. code: its semantic ID."""
+
+    item_id: Id
+    text: str
+    columns: dict[str, Any] = {}
+    code: list[int] = []
+
+
+class LookupResponse(Message):
+    """The items asked for, in that order, without those that are unknown or removed."""
+
+    bundle: str
+    items: list[ItemDetails]
+
+
+class FindRequest(Message):
+    text: Annotated[StrictStr, Field(min_length=1, max_length=100)]
+    k: Annotated[StrictInt, Field(ge=1, le=50)] = 8
+
+
+class FindResponse(Message):
+    """users: ids that begin with the text. items: those whose id begins with it or whose text holds it."""
+
+    bundle: str
+    users: list[Id]
+    items: list[TreeItem]
+
+
 class ErrorResponse(Message):
     """error: a kind that a program may switch on. what, rule, fix: as in `tiglon.errors`."""
 
