@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.retrieval.neighbours import CatalogueScorer, moments_ago
@@ -475,7 +476,10 @@ class Lists:
             slope = x.T @ (exponential / total[owner] - share) / len(lengths)
             return value + penalty * float(weight @ weight), slope.astype(float) + 2 * penalty * weight
 
-        found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+        with threadpool_limits(1):  # the optimizer's own sums are too small to be shared
+            found = minimize(
+                loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+            )
         return found.x / scale
 
 

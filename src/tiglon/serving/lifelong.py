@@ -26,6 +26,8 @@ class Lifelong:
         self.ranker = ranker
         self._own = ranker.histories.items.encode(items.raw)  # (N,) the ranker's number of each item
         self._names = items
+        times = ranker.histories.time
+        self._oldest, self._newest = int(times.min(initial=0)), int(times.max(initial=-1))
 
     def log_odds(self, user_id: int | str | None, life: Histories, item: np.ndarray) -> np.ndarray:
         """(K,) float32 of the first task, for dense candidates of one user."""
@@ -54,7 +56,10 @@ class Lifelong:
         return [(int(d), int(read.time[at[i]]), float(weight[i])) for d, i in zip(dense, best, strict=True)]
 
     def _task(self, user_id: int | str | None, life: Histories, item: np.ndarray) -> RankingTask:
-        """One request on the life that it has, right after its newest behaviour."""
+        """One request on the life that it has, right after the newest event that is known of anybody.
+
+        A history without times of its own is read as if it had just ended.
+        """
         ranker = self.ranker
         own = self._own[life.item]
         there = own != MISSING
@@ -68,6 +73,8 @@ class Lifelong:
             codes[name] = np.zeros(len(own), column.dtype)
             if same:
                 codes[name][:n] = column
+        newest = int(time.max(initial=-1))
+        now = (newest if newest < self._oldest else max(newest, self._newest)) + 1
         context = [feature.name for feature in ranker.features.schema.of("context")]
         return RankingTask(
             store=HistoryStore(
@@ -80,7 +87,7 @@ class Lifelong:
             ),
             features=ranker.features,
             user=np.zeros(1, np.int64),
-            time=np.array([time.max(initial=-1) + 1]),
+            time=np.array([now]),
             offsets=np.array([0, len(item)]),
             item=self._own[item],
             label=np.full((len(item), len(ranker.tasks)), np.nan, np.float32),

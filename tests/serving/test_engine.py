@@ -1,0 +1,522 @@
+"""Requests and answers on one small bundle: raw ids are 0 … 39, so they are the dense ids, too."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tiglon.data.features import fit
+from tiglon.data.ranking import BasketConfig, next_basket
+from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, UnknownIdError
+from tiglon.ranking.model import LifelongConfig, LifelongRanker
+from tiglon.recipes import ranking_schema
+from tiglon.serving.bundle import Bundle
+from tiglon.serving.engine import Engine
+from tiglon.serving.messages import (
+    EventsRequest,
+    ItemsRequest,
+    RankRequest,
+    RecommendRequest,
+    SimilarRequest,
+)
+from tiglon.serving.state import LmdbState
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_path):
+    return Bundle.load(bundle_path)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle):
+    """Nothing changes it."""
+    return Engine(bundle)
+
+
+@pytest.fixture
+def live(bundle, tmp_path):
+    """One that may be changed."""
+    state = LmdbState(tmp_path / "state")
+    yield Engine(bundle, state)
+    state.close()
+
+
+def ask(engine, **request):
+    return engine.recommend(RecommendRequest(**request))
+
+
+def ids(answer):
+    return [item.item_id for item in answer.items]
+
+
+def tell(engine, *events):
+    names = ("user_id", "item_id", "timestamp", "event_id")
+    return engine.events(EventsRequest(events=[dict(zip(names, e, strict=False)) for e in events]))
+
+
+# -- who asks ----------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_that_of_the_funnel(engine, bundle):
+    for user in (3, 7):
+        life = bundle.histories.before([user])
+        expected = bundle.funnel(True).retrieve(life, 10)
+        answer = ask(engine, user_id=user, k=10)
+        assert ids(answer) == expected.item[0].tolist()
+        assert [i.score for i in answer.items] == pytest.approx(expected.score[0].tolist(), abs=1e-4)
+        assert (answer.bundle, answer.user_id, answer.degraded) == (bundle.version, user, [])
+        assert set(answer.sources) == {r.name for r in bundle.sources(True)}
+        assert {i.source for i in answer.items} <= set(answer.sources)
+
+
+def test_many_at_once_get_what_each_would_get_alone(engine):
+    requests = [
+        RecommendRequest(user_id=3, k=5, request_id="a"),
+        RecommendRequest(history=[], k=5, request_id="b"),
+        RecommendRequest(user_id=9, k=7, request_id="c"),
+        RecommendRequest(user_id=5, k=5, exclude_seen=False, request_id="d"),
+        RecommendRequest(user_id=4, k=5, deny=[1, 2, 3], request_id="e"),
+        RecommendRequest(user_id=12, k=5, request_id="f"),
+    ]
+    together = engine.recommend_many(requests)
+    for request, answer in zip(requests, together, strict=True):
+        alone = engine.recommend(request)
+        assert answer.request_id == request.request_id
+        assert ids(answer) == ids(alone)
+        assert answer.degraded == alone.degraded
+
+
+def test_a_history_is_read_in_place_of_the_stored_life(engine, bundle):
+    life = bundle.histories.before([5]).item.tolist()
+    assert ids(ask(engine, history=life)) == ids(ask(engine, user_id=5))
+    assert ids(ask(engine, user_id=9, history=life)) == ids(ask(engine, user_id=5))
+
+
+def test_who_is_not_known_gets_what_is_popular_and_is_told(engine, bundle):
+    stranger = ask(engine, user_id=123456, k=4)
+    assert stranger.degraded == ["unknown user: popularity"]
+    assert ask(engine, user_id="3", k=4).degraded == ["unknown user: popularity"]  # not the user 3
+    assert list(stranger.sources) == ["popularity"]
+    assert {item.source for item in stranger.items} == {"popularity"}
+    counts = bundle.popularity.counts[ids(stranger)]
+    assert counts.tolist() == np.sort(bundle.popularity.counts)[::-1][:4].tolist()
+    empty = ask(engine, history=[], k=4)
+    assert empty.degraded == ["empty history: popularity"]
+    nothing = ask(engine, history=["wibble", 10**18], k=4)
+    assert nothing.degraded == [
+        "2 of the history's items unknown: left out",
+        "empty history: popularity",
+    ]
+    assert ids(stranger) == ids(empty) == ids(nothing)
+
+
+def test_unknown_items_of_a_history_are_left_out_and_counted(engine):
+    answer = ask(engine, history=[1, "wibble", 2])
+    assert answer.degraded == ["1 of the history's items unknown: left out"]
+    assert ids(answer) == ids(ask(engine, history=[1, 2]))
+
+
+# -- rules -------------------------------------------------------------------------------------------------
+
+
+def test_seen_items_are_hidden_as_the_bundle_was_made_or_as_asked(engine, bundle):
+    seen = set(bundle.histories.before([3]).item.tolist())
+    hidden = ask(engine, user_id=3, k=1000)
+    assert set(ids(hidden)) == set(range(40)) - seen
+    assert sorted(ids(ask(engine, user_id=3, k=1000, exclude_seen=False))) == list(range(40))
+
+
+def test_denied_items_never_come_and_others_take_their_place(engine):
+    first = ids(ask(engine, user_id=3, k=5))
+    answer = ids(ask(engine, user_id=3, k=5, deny=[*first[:3], "unknown"]))
+    assert len(set(answer)) == 5
+    assert not set(first[:3]) & set(answer)
+    assert first[3] in answer
+
+
+def test_only_allowed_items_come(engine):
+    allowed = ids(ask(engine, user_id=3, k=30))[-4:]
+    answer = ask(engine, user_id=3, k=10, allow=[*allowed, "unknown"])
+    assert sorted(ids(answer)) == sorted(allowed)
+    assert not ask(engine, user_id=3, allow=[]).items
+    assert sorted(ids(ask(engine, user_id=999, k=10, allow=allowed))) == sorted(allowed)
+
+
+def test_caps_hold_and_the_list_stays_full(engine, bundle):
+    category = bundle.items.table["category"]
+    answer = ids(ask(engine, user_id=3, k=6, at_most={"category": 2}))
+    counts = {c: [category[i] for i in answer].count(c) for c in set(category)}
+    assert len(answer) == 6
+    assert max(counts.values()) == 2
+    free = ids(ask(engine, user_id=3, k=30))
+    assert [i for i in free if i in answer] == answer  # in the same order
+    with pytest.raises(SchemaError) as error:
+        ask(engine, user_id=3, at_most={"categori": 2})
+    assert str(error.value) == (
+        "at_most with the column 'categori'. Caps are on columns of the item table. Did you mean 'category'?"
+    )
+
+
+# -- reasons -----------------------------------------------------------------------------------------------
+
+
+def test_reasons_are_the_places_at_each_retriever_and_add_up_to_the_score(engine, bundle):
+    life = bundle.histories.before([3])
+    answer = ask(engine, user_id=3, k=5, explain=True)
+    lists = {r.name: r.retrieve(life, 40).item[0].tolist() for r in bundle.sources(True)}
+    for item in answer.items:
+        assert {s.name: s.rank for s in item.reasons.sources} == {
+            name: found.index(item.item_id) + 1 for name, found in lists.items() if item.item_id in found
+        }
+        best = min(item.reasons.sources, key=lambda s: s.rank)
+        assert item.source == best.name
+        assert sum(item.reasons.features.values()) == pytest.approx(item.score, abs=1e-3)
+    assert all(item.reasons is None for item in ask(engine, user_id=3).items)
+
+
+def test_what_was_filtered_is_named_with_its_rule(engine, bundle):
+    free = ids(ask(engine, user_id=3, k=10, exclude_seen=False))
+    seen = set(bundle.histories.before([3]).item.tolist())
+    answer = ask(engine, user_id=3, k=10, explain=True, deny=free)
+    rules = {f.item_id: f.rule for f in answer.filtered}
+    assert rules == {item: "seen" if item in seen else "denied" for item in free}
+    allowed = ask(engine, user_id=3, k=10, explain=True, exclude_seen=False, allow=free[:2])
+    assert {f.item_id: f.rule for f in allowed.filtered} == dict.fromkeys(free[2:], "not allowed")
+    capped = ask(engine, user_id=3, k=10, explain=True, exclude_seen=False, at_most={"category": 1})
+    assert {f.rule for f in capped.filtered} == {"at_most: category"}
+
+
+# -- time and trouble --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_into_the_budget_is_left_out_and_said(bundle):
+    engine = Engine(bundle)
+    plenty = ask(engine, user_id=3, budget_ms=60_000)
+    assert plenty.degraded == []
+    engine.pace["tiger"] = 100.0
+    hurried = ask(engine, user_id=3, budget_ms=50)
+    assert hurried.degraded == ["tiger skipped: time budget"]
+    assert "tiger" not in hurried.sources
+    assert len(hurried.items) == 10
+    assert engine.pace["tiger"] < 100  # so that it is tried again one day
+    assert ask(engine, user_id=3).degraded == []  # no budget, no haste
+
+
+def test_stages_are_told(bundle):
+    told = []
+    ask(Engine(bundle, on_stage=lambda name, seconds: told.append((name, seconds))), user_id=3)
+    assert [name for name, _ in told] == [r.name for r in bundle.sources(True)] + ["fusion"]
+    assert all(seconds > 0 for _, seconds in told)
+
+
+class Down:
+    """A state whose store is away."""
+
+    def _refuse(self, *_, **__):
+        raise StorageError("the store is down")
+
+    append = life = forget = export = _refuse
+
+
+def test_a_store_that_is_down_leaves_what_the_bundle_holds(bundle, engine):
+    answer = ask(Engine(bundle, Down()), user_id=3)
+    assert answer.degraded == ["state down: only what the bundle holds was read"]
+    assert ids(answer) == ids(ask(engine, user_id=3))
+    with pytest.raises(StorageError):
+        tell(Engine(bundle, Down()), (3, 1, 5))
+
+
+# -- events ------------------------------------------------------------------------------------------------
+
+
+def test_the_next_request_sees_an_event(live, bundle):
+    first = ids(ask(live, user_id=3, k=5))
+    now = int(bundle.histories.time.max()) + 60
+    done = tell(live, (3, first[0], now))
+    assert (done.accepted, done.duplicates) == (1, 0)
+    after = ids(ask(live, user_id=3, k=5))
+    assert first[0] not in after
+    life = bundle.histories.before([3]).item.tolist()
+    assert after == ids(ask(live, history=[*life, first[0]], k=5))
+    assert tell(live, (3, first[0], now)).duplicates == 1
+
+
+def test_a_new_user_and_events_out_of_order(live):
+    tell(live, ("Ünal 买家", 7, 300), ("Ünal 买家", 5, 100), ("Ünal 买家", 6, 200))
+    assert [e.item_id for e in live.user("Ünal 买家").events] == [5, 6, 7]
+    answer = ask(live, user_id="Ünal 买家")
+    assert answer.degraded == []
+    assert ids(answer) == ids(ask(live, history=[5, 6, 7]))
+
+
+def test_nothing_of_bad_events_is_stored(live):
+    with pytest.raises(UnknownIdError) as error:
+        tell(live, (3, 1, 5), (3, "wibble", 6))
+    assert str(error.value) == (
+        "events[1] with the item 'wibble', which is not in the catalogue. An event is about an item of the "
+        "catalogue; nothing of the request was stored. Add the item first, or leave the event out."
+    )
+    with pytest.raises(DataError, match=r"events\[0\] with the timestamp \d+, more than a day ahead"):
+        tell(live, (3, 1, int(time.time()) + 10 * 86_400))
+    with pytest.raises(DataError, match="Send the time in the unit of the log"):
+        tell(live, (3, 1, int(time.time() * 1000)))
+    assert live.state.life(3) is None
+
+
+def test_a_forgotten_user_is_a_stranger(live, bundle):
+    own = len(bundle.histories.before([3]).item)
+    tell(live, (3, 1, 10), (3, 2, 20))
+    assert live.forget(3).events == own + 2
+    assert ask(live, user_id=3).degraded == ["unknown user: popularity"]
+    assert not live.user(3).known
+    assert live.forget(3).events == 0
+    tell(live, (3, 8, 30))
+    assert [e.item_id for e in live.user(3).events] == [8]
+
+
+def test_a_users_life_is_told_whole(engine, bundle):
+    life = bundle.histories.before([3])
+    found = engine.user(3)
+    assert [(e.item_id, e.timestamp) for e in found.events] == list(
+        zip(life.item.tolist(), life.time.tolist(), strict=True)
+    )
+    assert not engine.user(4711).known
+
+
+def test_without_a_state_nothing_is_taken(engine):
+    for call in (lambda: tell(engine, (3, 1, 5)), lambda: engine.forget(3)):
+        with pytest.raises(ConfigError, match="no state to keep events in"):
+            call()
+
+
+# -- the catalogue -----------------------------------------------------------------------------------------
+
+
+def change(engine, add=(), remove=()):
+    return engine.items(ItemsRequest(add=list(add), remove=list(remove)))
+
+
+def test_a_new_item_comes_at_once_behind_its_like_and_ids_stay(live, bundle):
+    table = bundle.items.table
+    first = ids(ask(live, user_id=3, k=10))[0]
+    codes = live.bundle.tiger.ids.codes.copy()
+    done = change(live, [{"item_id": 900, "title": table["title"][first]}])
+    assert (done.added, done.changed, done.removed, done.bundle) == (1, 0, 0, bundle.version)
+    assert np.array_equal(live.bundle.tiger.ids.codes[:40], codes)
+    after = ask(live, user_id=3, k=10, explain=True)
+    assert 900 in ids(after)
+    assert after.bundle == bundle.version
+    assert len(bundle.items) == 40  # the bundle itself is as it was
+    assert ask(live, history=[900]).degraded == []  # read as what it is like
+    assert 900 not in ids(ask(live, history=[900], k=1000))
+    assert [i.item_id for i in live.similar(SimilarRequest(item_id=900, k=1)).items] == [first]
+    assert ids(ask(live, user_id=3, allow=[900])) == [900]
+
+
+def test_new_items_are_one_in_ten_unless_tiger_writes_them(live, bundle):
+    title = bundle.items.table["title"]
+    change(live, [{"item_id": 900 + i, "title": title[i]} for i in range(40)])
+    answer = ask(live, user_id=3, k=20)
+    assert sum(item.source == "new item" for item in answer.items) <= 2
+
+
+def test_a_removed_item_never_comes_back(live):
+    first = ids(ask(live, user_id=3, k=4))
+    done = change(live, remove=[*first[:2], first[0], "unknown"])
+    assert (done.removed, done.unknown) == (2, ["unknown"])
+    for request in ({"user_id": 3}, {"user_id": 4711}, {"history": first}, {"user_id": 3, "allow": first}):
+        assert not set(first[:2]) & set(ids(ask(live, k=1000, exclude_seen=False, **request)))
+    assert change(live, remove=first[:2]).removed == 0
+    with pytest.raises(DataError) as error:
+        change(live, [{"item_id": first[0], "title": "again"}])
+    assert str(error.value) == (
+        f"item {first[0]}, which was removed. A removed item never comes back. Give it another id."
+    )
+    found = ask(live, user_id=3, k=4, explain=True)
+    assert {f.item_id: f.rule for f in found.filtered}[first[0]] == "removed"
+    assert live.rank(RankRequest(user_id=3, items=first)).unknown == first[:2]
+    assert first[0] not in [i.item_id for i in live.similar(SimilarRequest(item_id=first[1], k=40)).items]
+
+
+def test_a_known_item_may_change_but_keeps_its_id(live):
+    codes = live.bundle.tiger.ids.codes.copy()
+    row = {"item_id": 5, "title": "another title"}
+    assert change(live, [row]).changed == 1
+    assert live.bundle.items.table["title"][5] == "another title"
+    assert live.bundle.items.table["category"][5] is not None  # what was not said stays
+    assert np.array_equal(live.bundle.tiger.ids.codes, codes)
+    assert change(live, [row]).changed == 0
+
+
+@pytest.mark.parametrize(
+    "add, error, message",
+    [
+        ([{"item_id": "x", "title": "y"}], SchemaError, "item_id='x'"),
+        ([{"item_id": 900, "titel": "y"}], SchemaError, "Did you mean 'title'?"),
+        ([{"item_id": 900, "title": 5}], SchemaError, "title=5. The column 'title' of this bundle's items"),
+        ([{"item_id": 900}, {"item_id": 900}], DataError, "an item that stands twice in `add`"),
+    ],
+)
+def test_bad_changes_leave_the_catalogue_alone(live, add, error, message):
+    with pytest.raises(error) as raised:
+        change(live, [{"item_id": 901, "title": "good"}, *add], remove=[1])
+    assert message in str(raised.value)
+    assert len(live.bundle.items) == 40
+    assert 1 in ids(ask(live, user_id=4711, k=1000))
+
+
+def test_one_item_stays(live):
+    with pytest.raises(DataError, match="a removal of all items"):
+        change(live, remove=list(range(40)))
+    change(live, remove=list(range(39)))
+    assert ids(ask(live, user_id=3, k=10, exclude_seen=False)) == [39]
+
+
+def test_a_request_keeps_the_catalogue_that_it_began_with(live):
+    """Items come and go while others ask: no answer has an item that was removed before it began."""
+    stop, wrong = threading.Event(), []
+
+    def asking():
+        while not stop.is_set():
+            gone = set(removed)
+            found = set(ids(ask(live, user_id=3, k=40, exclude_seen=False)))
+            wrong.extend(gone & found)
+
+    removed: list[int] = []
+    thread = threading.Thread(target=asking)
+    thread.start()
+    for item in range(8):
+        change(live, [{"item_id": 900 + item, "title": "new"}], remove=[item])
+        removed.append(item)
+    stop.set()
+    thread.join()
+    assert not wrong
+
+
+# -- rank, similar -----------------------------------------------------------------------------------------
+
+
+def test_given_items_are_ranked_as_the_funnel_orders_them(engine):
+    order = ids(ask(engine, user_id=3, k=1000, exclude_seen=False))
+    answer = engine.rank(RankRequest(user_id=3, items=[*sorted(order)[::3], "wibble", 3]))
+    assert [i.item_id for i in answer.items] == [i for i in order if i in {*sorted(order)[::3], 3}]
+    assert answer.unknown == ["wibble"]
+    scores = [i.score for i in answer.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_similar_items_are_the_neighbours(engine, bundle):
+    answer = engine.similar(SimilarRequest(item_id=4, k=3))
+    expected = bundle.neighbours.similar_items([4], 3)[0]
+    assert [(i.item_id, i.score) for i in answer.items] == expected
+    with pytest.raises(UnknownIdError, match="unknown item 'wibble'"):
+        engine.similar(SimilarRequest(item_id="wibble"))
+
+
+# -- to be looked at ---------------------------------------------------------------------------------------
+
+
+def test_the_tree_holds_every_item_once(engine, bundle):
+    root = engine.tree()
+    assert (root.count, root.depth) == (40, len(bundle.tiger.ids.sizes))
+    leaves, open_ = [], [[]]
+    while open_:
+        node = engine.tree(open_.pop())
+        assert sum(child.count for child in node.children) in (node.count, 0)
+        for child in node.children:
+            path = [*node.prefix, child.code]
+            if len(path) == node.depth:
+                (item,) = child.items
+                assert bundle.tiger.ids.codes[item.item_id].tolist() == path
+                assert bundle.items.table["title"][item.item_id] in item.text
+                leaves.append(item.item_id)
+            else:
+                open_.append(path)
+    assert sorted(leaves) == list(range(40))
+    with pytest.raises(UnknownIdError, match=r"the prefix \[99\]\. No item is below it"):
+        engine.tree([99])
+    with pytest.raises(ConfigError, match=r"a prefix of 9 codes\. An ID has 4"):
+        engine.tree([0] * 9)
+
+
+def test_the_beam_ends_where_tigers_list_begins(engine, bundle):
+    found = engine.beam(RecommendRequest(user_id=3, k=5))
+    life = bundle.histories.before([3])
+    expected = bundle.tiger.retrieve(life, 5)
+    assert len(found.depths) == len(bundle.tiger.ids.sizes)
+    assert [p.prefix for p in found.depths[-1]] == bundle.tiger.ids.codes[expected.item[0]].tolist()
+    assert [p.score for p in found.depths[-1]] == pytest.approx(expected.score[0].tolist(), abs=1e-4)
+    everything = bundle.tiger.retrieve(life, 40, exclude_seen=False)
+    chance = np.exp(everything.score[0].astype(float))
+    for kept in found.depths[:-1]:  # a prefix is as likely as all items below it
+        for p in kept:
+            below = (bundle.tiger.ids.codes[everything.item[0]][:, : len(p.prefix)] == p.prefix).all(axis=1)
+            assert np.exp(p.score) == pytest.approx(chance[below].sum(), rel=1e-3)
+
+
+# -- the lifelong ranker -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranker(bundle):
+    """Untrained, but it attends."""
+    log = bundle.log()
+    features = fit(ranking_schema(bundle.items, log), bundle.items, log)
+    task = next_basket(
+        log,
+        features,
+        np.bincount(log.item, minlength=40),
+        np.ones(len(log), bool),
+        BasketConfig(first=1),
+        store=features.store(log),
+    )
+    return LifelongRanker.of(task, LifelongConfig(long="twin"))
+
+
+def test_the_ranker_orders_the_best_of_the_fusion(engine, bundle, ranker):
+    plain, ranked = (
+        {i.item_id: i.score for i in ask(e, user_id=3, k=10).items}
+        for e in (engine, Engine(bundle, ranker=ranker))
+    )
+    chance = dict(zip(plain, ranker.predict([3], [list(plain)])[0].tolist(), strict=True))
+    odds = {item: np.log(p / (1 - p)) for item, p in chance.items()}
+    both = [item for item in plain if item in ranked]
+    added = [ranked[item] - plain[item] - odds[item] for item in both]
+    assert added == pytest.approx([added[0]] * len(added), abs=1e-3)  # log-odds, but for one constant
+
+
+def test_reasons_name_the_behaviours_that_were_read(bundle, ranker):
+    life = bundle.histories.before([3])
+    answer = ask(Engine(bundle, ranker=ranker), user_id=3, k=2, explain=True)
+    for item in answer.items:
+        attended = item.reasons.attended
+        assert attended
+        assert {(a.item_id, a.timestamp) for a in attended} <= set(
+            zip(life.item.tolist(), life.time.tolist(), strict=True)
+        )
+        expected = ranker.explain(3, item.item_id, k=5)
+        assert [(a.item_id, a.weight) for a in attended] == [
+            (e.item_id, pytest.approx(e.weight, abs=1e-5)) for e in expected
+        ]
+
+
+def test_the_ranker_reads_new_events_new_items_and_strangers(bundle, ranker, tmp_path):
+    state = LmdbState(tmp_path / "state")
+    engine = Engine(bundle, state, ranker=ranker)
+    change(engine, [{"item_id": 900, "title": "new"}])
+    tell(engine, (3, 900, 10), ("new", 4, 20), ("new", 900, 30))
+    for request in ({"user_id": 3}, {"user_id": "new"}, {"history": [900, 4]}, {"user_id": "nobody"}):
+        assert len(ask(engine, k=5, explain=True, **request).items) == 5
+    engine.pace["ranker"] = 100.0
+    assert ask(engine, user_id=3, budget_ms=1000).degraded == ["ranker skipped: time budget"]
+    state.close()
+
+
+def test_a_bundle_carries_its_ranker(bundle, ranker, tmp_path):
+    whole = dataclasses.replace(bundle, ranker=ranker, manifest={}, path=None)
+    whole.save(tmp_path / "whole")
+    loaded = Bundle.load(tmp_path / "whole")
+    assert loaded.ranker.version == ranker.version
+    assert ids(ask(Engine(loaded), user_id=3)) == ids(ask(Engine(bundle, ranker=ranker), user_id=3))
