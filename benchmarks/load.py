@@ -4,8 +4,9 @@
 
 Open-loop: requests leave on a clock, whether the ones before were answered or not, and a latency counts from
 the moment at which the clock said so. A server that falls behind therefore shows it, where a client that waits
-for its answers would wait along. `retrieval` is a bundle whose funnel is left out by a budget of one
-millisecond; `funnel` is the whole of it. Users are drawn from the log. Client and server share the machine.
+for its answers would wait along. `quick` has a budget of one
+millisecond, which leaves the neighbours and the fusion; `funnel` has none: TIGER and, where the bundle has one,
+the ranker answer too. Users are drawn from the log. Client and server share the machine.
 Below the table: where the time goes, by the engine's own clock.
 """
 
@@ -30,7 +31,7 @@ from machine import machine, machine_line
 
 from tiglon.serving.bundle import Bundle
 
-REQUESTS = {"retrieval": {"k": 10, "budget_ms": 1}, "funnel": {"k": 10}}
+REQUESTS = {"quick": {"k": 10, "budget_ms": 1}, "funnel": {"k": 10}}
 CONNECTIONS = 256  # that may be open at once; beyond them a request waits, and its clock runs
 
 

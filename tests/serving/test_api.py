@@ -240,7 +240,7 @@ def test_openapi_has_an_example_and_the_errors_of_every_address(server):
     paths = server.get("/openapi.json")["paths"]
     assert {path for path in paths if "batch" not in path} == {
         "/v1/recommend", "/v1/rank", "/v1/similar", "/v1/events", "/v1/items", "/v1/users/{user_id}", "/v1/tree",
-        "/v1/beam", "/health/live", "/health/ready", "/metrics",
+        "/v1/beam", "/v1/lookup", "/v1/find", "/health/live", "/health/ready", "/metrics",
     }  # fmt: skip
     for path, methods in paths.items():
         for method, about in methods.items():

@@ -24,7 +24,7 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.responses import RedirectResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 
 import tiglon
 from tiglon.errors import ConfigError
@@ -425,7 +425,7 @@ async def ready(desk: Here) -> Health:
     )
 
 
-@open_to_all.get("/metrics", dependencies=[READ])
+@open_to_all.get("/metrics", response_class=PlainTextResponse, dependencies=[READ])
 async def metrics(desk: Here) -> Response:
     """For Prometheus."""
     page = await asyncio.to_thread(desk.metrics.page)
