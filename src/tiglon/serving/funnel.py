@@ -8,8 +8,8 @@
 
 The fusion learns on what the retrievers really return: the target of a user's validation moment against the
 other candidates, retrieved and not taken. The retrievers have seen training events only, so nothing that the
-fusion reads knows the target. Half of the users learn, the other half choose the strength of the penalty, and
-the test is read once, afterwards. With seen items hidden and with them shown, other candidates compete, so
+fusion reads knows the target. Half of the users learn and the other half choose the strength of the penalty,
+with which all of them then learn; the test is read once, afterwards. With seen items hidden and with them shown, other candidates compete, so
 there is a fusion for each.
 
 A retriever that scores the whole catalogue (`CatalogueScorer`) tells the score of every candidate, whoever
@@ -196,7 +196,16 @@ def _only(item: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 # -- features --------------------------------------------------------------------------------------------------
 
-OWN = ("had", "times had", "share of moments", "how lately")
+DECAYS = (0.99, 0.97, 0.9, 0.7)  # of what the user did with the item, from one moment to the next
+OWN = (
+    "had",
+    "had, popular",
+    "times had",
+    "share of moments",
+    "how lately",
+    *(f"weight of the past, {decay}" for decay in DECAYS),
+)
+_NONE = 0.01  # the weight of a past that is empty, before its logarithm
 
 
 def feature_names(retrievers: Sequence[str]) -> tuple[str, ...]:
@@ -219,7 +228,7 @@ def features(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.nda
     out[:, 1 : 3 * R : 3] = np.where(found, 1 / (10 + pool.rank), 0)
     out[:, 2 : 3 * R : 3] = found
     out[:, 3 * R] = popularity[pool.item]
-    out[:, 3 * R + 1 :] = _own(pool, histories, len(popularity))
+    out[:, 3 * R + 1 :] = _own(pool, histories, popularity)
     return out
 
 
@@ -239,22 +248,34 @@ def _level(pool: Pool, r: int) -> np.ndarray:
     return np.where(known, score, (last - 1)[owner]) - best[owner]
 
 
-def _own(pool: Pool, histories: Histories, n_items: int) -> np.ndarray:
-    """(T, 4) what each user did with each candidate before; 0 where nothing."""
+def _own(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.ndarray:
+    """(T, len(OWN)) what each user did with each candidate before; 0 where nothing."""
     out = np.zeros((len(pool.item), len(OWN)), np.float32)
     if not len(histories.item):
         return out
     age = moments_ago(histories)
     moments = np.ones(len(pool), np.int64)
     np.maximum.at(moments, histories.owner, age + 1)
-    keys = histories.owner * n_items + histories.item
-    key, newest, times = np.unique(keys[::-1], return_index=True, return_counts=True)
-    lately = 1 / (1 + age[::-1][newest])
+    n_items = len(popularity)
+    newest_first = (histories.owner * n_items + histories.item)[::-1]
+    key, newest, at, times = np.unique(
+        newest_first, return_index=True, return_inverse=True, return_counts=True
+    )
+    age = age[::-1]
+    weights = [np.log(_NONE + np.bincount(at, decay**age)) - np.log(_NONE) for decay in DECAYS]
     wanted = pool.owner * n_items + pool.item
-    at = np.searchsorted(key, wanted).clip(max=len(key) - 1)
-    had = key[at] == wanted
-    at, of = at[had], pool.owner[had]
-    out[had] = np.stack([np.ones(len(at)), np.log1p(times[at]), times[at] / moments[of], lately[at]], axis=1)
+    place = np.searchsorted(key, wanted).clip(max=len(key) - 1)
+    had = key[place] == wanted
+    place, of = place[had], pool.owner[had]
+    columns = [
+        np.ones(len(place)),
+        popularity[pool.item[had]],
+        np.log1p(times[place]),
+        times[place] / moments[of],
+        1 / (1 + age[newest][place]),
+        *(weight[place] for weight in weights),
+    ]
+    out[had] = np.stack(columns, axis=1)
     return out
 
 
@@ -405,9 +426,12 @@ def learn(
     learned, selected = (Lists.join(some) for some in (parts[:half], parts[half:]))
     if min(learned.useful(), selected.useful()) < 10:
         return Fusion.untrained(names)
-    tried = [(selected.ndcg(weight), weight) for weight in (learned.fit(p) for p in c.penalties)]
-    tried.append((selected.ndcg(untrained := Fusion.untrained(names).weight), untrained))
-    return Fusion(names, max(tried, key=lambda pair: pair[0])[1].astype(np.float32))
+    score = {penalty: selected.ndcg(learned.fit(penalty)) for penalty in c.penalties}
+    best = max(score, key=score.__getitem__)
+    untrained = Fusion.untrained(names)
+    if score[best] <= selected.ndcg(untrained.weight):
+        return untrained
+    return Fusion(names, Lists.join([learned, selected]).fit(best).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
