@@ -4,10 +4,9 @@
 
 Open-loop: requests leave on a clock, whether the ones before were answered or not, and a latency counts from
 the moment at which the clock said so. A server that falls behind therefore shows it, where a client that waits
-for its answers would wait along. `quick` has a budget of one
-millisecond, which leaves the neighbours and the fusion; `funnel` has none: TIGER and, where the bundle has one,
-the ranker answer too. Users are drawn from the log. Client and server share the machine.
-Below the table: where the time goes, by the engine's own clock.
+for its answers would wait along. `quick` has a budget of one millisecond, which leaves the neighbours and the
+fusion; `funnel` has none: TIGER and, where the bundle has one, the ranker answer too. Users are drawn from the
+log. Client and server share the machine. Below the table: where the time goes, by the engine's own clock.
 """
 
 from __future__ import annotations
