@@ -1,5 +1,6 @@
 """Real servers on free ports of this machine: `tiglon serve` in a process, or an app in a thread."""
 
+import ctypes
 import http.client
 import json
 import os
@@ -92,9 +93,8 @@ def served(source, folder, *options):
     log = folder / "server.log"
     command = [sys.executable, "-m", "tiglon.cli", "serve", str(source), "--port", "0", *options]
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stderr=out, stdout=out, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stderr=out, stdout=out, env=environment, preexec_fn=_end_with_us)
     try:
 
         def port():
@@ -112,6 +112,12 @@ def served(source, folder, *options):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _end_with_us():
+    """In the child: the kernel ends it with the tests, however those are killed. Linux alone has this."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _ready(server):
