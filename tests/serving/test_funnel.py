@@ -128,6 +128,8 @@ def test_features_by_hand():
     assert found["times had"].tolist() == pytest.approx([np.log(3), np.log(2), 0, 0])
     assert found["share of moments"].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert found["how lately"].tolist() == pytest.approx([1 / 2, 1, 0, 0])
+    assert found["how long ago"].tolist() == pytest.approx([np.log(2), 0, 0, 0])
+    assert found["had once"].tolist() == [0, 1, 0, 0]
     assert found["had, popular"].tolist() == pytest.approx([0.2, 0.4, 0, 0])
     weight = [np.log(0.01 + w) - np.log(0.01) for w in (0.9**2 + 0.9, 1, 0, 0)]
     assert found["weight of the past, 0.9"].tolist() == pytest.approx(weight)

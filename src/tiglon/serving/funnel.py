@@ -199,10 +199,12 @@ def _only(item: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 DECAYS = (0.99, 0.97, 0.9, 0.7)  # of what the user did with the item, from one moment to the next
 OWN = (
     "had",
+    "had once",
     "had, popular",
     "times had",
     "share of moments",
     "how lately",
+    "how long ago",
     *(f"weight of the past, {decay}" for decay in DECAYS),
 )
 _NONE = 0.01  # the weight of a past that is empty, before its logarithm
@@ -269,10 +271,12 @@ def _own(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.ndarray
     place, of = place[had], pool.owner[had]
     columns = [
         np.ones(len(place)),
+        times[place] == 1,
         popularity[pool.item[had]],
         np.log1p(times[place]),
         times[place] / moments[of],
         1 / (1 + age[newest][place]),
+        np.log1p(age[newest][place]),
         *(weight[place] for weight in weights),
     ]
     out[had] = np.stack(columns, axis=1)
