@@ -162,6 +162,7 @@ def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_t
         "co-occurrence",
         "text + co-occurrence",
         "tiger",
+        "funnel",
     ]
     assert bundle.recipe["tiger"]["train"]["epochs"] == 2
     assert 999 in bundle.items.vocabulary.raw.to_pylist()
