@@ -179,7 +179,8 @@ def test_weights_are_the_log_odds_of_what_is_taken():
     """Two candidates, a feature that the first has: it is taken by 80 of 100 users, so weight = ln(80 / 20)."""
     taken = np.zeros((100, 2), bool)
     taken[:80, 0] = taken[80:, 1] = True
-    lists = Lists(np.tile(np.array([[1.0], [0.0]], np.float32), (100, 1)), np.full(100, 2), taken.reshape(-1))
+    column = np.tile(np.array([[1.0], [0.0]], np.float32), (100, 1))
+    lists = Lists(column, np.full(100, 2), taken.reshape(-1), np.ones(100, int))
     assert lists.fit(0.0) == pytest.approx([np.log(4)], rel=1e-3)
     assert abs(lists.fit(1.0)[0]) < 1
     assert lists.ndcg(np.array([1.0])) == pytest.approx(0.8 + 0.2 / np.log2(3))
@@ -187,11 +188,20 @@ def test_weights_are_the_log_odds_of_what_is_taken():
 
 def test_users_of_whom_nothing_was_found_teach_nothing():
     column = np.array([[1.0], [0.0], [0.3]], np.float32)
-    some = Lists(np.tile(column, (2, 1)), np.array([3, 3]), np.array([1, 0, 0, 0, 1, 0], bool))
-    more = Lists(np.tile(column, (3, 1)), np.array([3, 3, 3]), np.append(some.taken, [False] * 3))
+    some = Lists(
+        np.tile(column, (2, 1)), np.array([3, 3]), np.array([1, 0, 0, 0, 1, 0], bool), np.ones(2, int)
+    )
+    more = Lists(
+        np.tile(column, (3, 1)), np.array([3, 3, 3]), np.append(some.taken, [False] * 3), np.ones(3, int)
+    )
     assert more.useful() == some.useful() == 2
     assert more.fit(0.01) == pytest.approx(some.fit(0.01))
-    assert more.ndcg(np.ones(1)) == pytest.approx(some.ndcg(np.ones(1)))
+    assert more.ndcg(np.ones(1)) == pytest.approx(some.ndcg(np.ones(1)) * 2 / 3)  # but they count
+
+
+def test_targets_that_nobody_found_count_against_a_list():
+    lists = Lists(np.array([[2.0], [1.0]], np.float32), np.array([2]), np.array([True, False]), np.array([3]))
+    assert lists.ndcg(np.ones(1)) == pytest.approx(1 / (1 + 1 / np.log2(3) + 1 / 2))
 
 
 def test_untrained_the_places_alone_count():

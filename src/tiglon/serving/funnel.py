@@ -40,6 +40,7 @@ from tiglon.types import MISSING, Candidates, Histories, Targets
 
 FORMAT = 1
 _SCORES_AT_ONCE = 1 << 22  # of a batch, B × N
+_K = 10  # places of a list that count when weights are learned and selected
 
 
 @dataclass(frozen=True)
@@ -404,8 +405,8 @@ def learn(
 ) -> Fusion:
     """A fusion from the validation targets of retrievers that were fitted on training events alone.
 
-    The loss is −log softmax of each taken candidate among all of its user's; users none of whose targets was
-    found teach nothing. Without at least ten users that teach and ten that select, it stays untrained.
+    The loss is −log softmax of each taken candidate among all of its user's, divided by the user's best possible
+    DCG@10, as NDCG@10 is; users none of whose targets was found teach nothing. Without at least ten users that teach and ten that select, it stays untrained.
     progress: called with (users done, users in all).
     """
     c = config or FunnelConfig()
@@ -420,7 +421,7 @@ def learn(
         pool = gather(retrievers, some, n_items, c, exclude_seen=exclude_seen)
         truth = targets.truth.take(at)
         taken = np.isin(pool.owner * n_items + pool.item, truth.owner * n_items + truth.item)
-        parts.append(Lists(features(pool, some, share), np.diff(pool.offsets), taken))
+        parts.append(Lists(features(pool, some, share), np.diff(pool.offsets), taken, truth.lengths))
         if progress is not None:
             progress(min(at.stop, len(targets)), len(targets))
     half = len(parts) // 2
@@ -440,25 +441,25 @@ def learn(
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Candidates of some users. features: (T, F).   lengths: (B,).   taken: (T,) bool."""
+    """Candidates of B users. features: (T, F).   lengths: (B,).   taken: (T,) bool.
+    targets: (B,) how many items each user took, found or not."""
 
     features: np.ndarray
     lengths: np.ndarray
     taken: np.ndarray
+    targets: np.ndarray
 
     @classmethod
     def join(cls, parts: Sequence[Lists]) -> Lists:
-        columns = (
-            np.concatenate([getattr(p, name) for p in parts]) for name in ("features", "lengths", "taken")
-        )
-        return cls(*columns)
+        columns = ("features", "lengths", "taken", "targets")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
     def halves(self) -> tuple[Lists, Lists]:
         B = len(self.lengths) // 2
         T = int(self.lengths[:B].sum())
         return (
-            Lists(self.features[:T], self.lengths[:B], self.taken[:T]),
-            Lists(self.features[T:], self.lengths[B:], self.taken[T:]),
+            Lists(self.features[:T], self.lengths[:B], self.taken[:T], self.targets[:B]),
+            Lists(self.features[T:], self.lengths[B:], self.taken[T:], self.targets[B:]),
         )
 
     @cached_property
@@ -474,34 +475,40 @@ class Lists:
         """Users of whose targets something was found."""
         return int((self.hits > 0).sum())
 
-    def ndcg(self, weight: np.ndarray, k: int = 10) -> float:
-        """The mean over useful users of NDCG@k among the targets that were found."""
+    @cached_property
+    def ideal(self) -> np.ndarray:
+        """(B,) the best possible DCG@10."""
+        best = np.cumsum(1 / np.log2(np.arange(_K) + 2))
+        return best[np.clip(self.targets, 1, _K) - 1]
+
+    def ndcg(self, weight: np.ndarray) -> float:
+        """The mean over users of NDCG@10."""
         order = np.lexsort((-(self.features @ weight.astype(np.float32)), self.owner))
         place = np.arange(len(order)) - (np.cumsum(self.lengths) - self.lengths)[self.owner]
-        gain = self.taken[order] / np.log2(place + 2) * (place < k)
-        ideal = np.cumsum(1 / np.log2(np.arange(k) + 2))
-        best = ideal[np.minimum(self.hits, k).astype(int) - 1]
-        each = np.bincount(self.owner, gain, len(self.lengths)) / best
-        return float(each[self.hits > 0].mean())
+        gain = self.taken[order] / np.log2(place + 2) * (place < _K)
+        return float((np.bincount(self.owner, gain, len(self.lengths)) / self.ideal).mean())
 
     def fit(self, penalty: float) -> np.ndarray:
         """(F,) weights with the least loss and penalty; the penalty acts on features of unit variance."""
-        useful = np.repeat(self.hits > 0, self.lengths)
-        x = self.features[useful]
+        some = self.hits > 0
+        rows = np.repeat(some, self.lengths)
+        x = self.features[rows]
         scale = x.std(axis=0) + 1e-6
         x = (x - x.mean(axis=0)) / scale
-        lengths, hits = self.lengths[self.hits > 0], self.hits[self.hits > 0]
+        lengths, ideal = self.lengths[some], self.ideal[some]
         start = np.cumsum(lengths) - lengths
         owner = np.repeat(np.arange(len(lengths)), lengths)
-        share = (self.taken[useful] / hits[owner]).astype(np.float32)
+        share = (self.taken[rows] / ideal[owner]).astype(np.float32)
+        user = (self.hits[some] / ideal).astype(np.float32)  # the sum of each user's shares
+        total = float(user.sum())
 
         def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
             score = x @ weight.astype(np.float32)
             score -= np.maximum.reduceat(score, start)[owner]
             exponential = np.exp(score)
-            total = np.add.reduceat(exponential, start)
-            value = float((np.log(total).sum() - (share * score).sum()) / len(lengths))
-            slope = x.T @ (exponential / total[owner] - share) / len(lengths)
+            sums = np.add.reduceat(exponential, start)
+            value = float(((user * np.log(sums)).sum() - (share * score).sum()) / total)
+            slope = x.T @ (exponential * (user / sums)[owner] - share) / total
             return value + penalty * float(weight @ weight), slope.astype(float) + 2 * penalty * weight
 
         with threadpool_limits(1):  # the optimizer's own sums are too small to be shared
