@@ -15,7 +15,7 @@ Deviations:
   but no target of their own moment; T5's blocks (pre-norm, RMSNorm);
 - a start state, so that first events are targets too and an empty history has an answer;
 - with `vectors`, an item's vector is its own plus its content through one projection that begins as the
-  principal axes (`docs/decisions/0008-…`); without, ids alone, as published.
+  principal axes, as TIGER's prefix vectors do (`prefixes.py`); without, ids alone, as published.
 
 Cost: a product with N items a target, in training and in answering.
 
