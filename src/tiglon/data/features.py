@@ -19,6 +19,8 @@ The stated rules
                   without a training line as `item_id` (their vectors would be noise).
     numbers       buckets at the quantiles of the training lines; beyond the range is the outer bucket.
     categories    compared as text, so that 3, 3.0 and "3" are the same value.
+    crosses       `of=("brand", "size")`: each combination of the codes of features declared before is a value
+                  of its own (`tiglon.data.crossing`); an unknown part makes an unknown cross.
     gap           a reserved cross feature: time from the behaviour to the request, in the log's unit. It is
                   coded when it is read, in buckets evenly spaced in its logarithm between the 1% and the
                   99% quantile of the gaps between two events of a user in training.
@@ -30,7 +32,8 @@ X profile features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -38,6 +41,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import polars as pl
 
+from tiglon.data.crossing import CrossId
 from tiglon.data.events import require_columns
 from tiglon.data.histories import HistoryStore, offsets_of, written_aside
 from tiglon.errors import (
@@ -54,7 +58,7 @@ from tiglon.types import Histories, Interactions, Items, Vocabulary
 Role: TypeAlias = Literal["inherent", "cross", "user", "context"]
 Kind: TypeAlias = Literal["category", "number"]
 
-FORMAT = 1
+FORMAT = 2  # 1: without crosses
 GAP = "gap"
 ITEM = "item_id"
 
@@ -69,6 +73,7 @@ class Feature:
     width: int = 8  # of an inherent feature's vector; TWIN: 64 for ids of many values, else 8
     buckets: int = 16  # at most so many for a number
     min_count: int = 1  # training lines that a category needs
+    of: tuple[str, ...] = ()  # a cross of these features, no column; see `FeatureSchema`
 
     def __post_init__(self) -> None:
         for given, known, word in ((self.role, Role, "role"), (self.kind, Kind, "kind")):
@@ -91,11 +96,20 @@ class Feature:
                 rule="The name is reserved for the time to the request, a cross number",
                 fix="Rename the column",
             )
+        object.__setattr__(self, "of", tuple(self.of))
+        if self.of and (len(set(self.of)) < max(len(self.of), 2) or self.kind != "category"):
+            raise ConfigError(
+                f"feature '{self.name}', a {self.kind} of {', '.join(self.of)}",
+                rule="A cross is a category of at least two features, each once",
+            )
 
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """The features of a ranker, in the order of their codes. Raises ConfigError."""
+    """The features of a ranker, in the order of their codes. Raises ConfigError.
+
+    A cross stands after its parts, which are of its own role; one of the context may also be of the user's.
+    """
 
     features: tuple[Feature, ...]
 
@@ -115,10 +129,24 @@ class FeatureSchema:
                 rule="An item is known by at least one",
                 fix=f'Add Feature("{ITEM}", "inherent", width=64)',
             )
+        for place, feature in enumerate(self.features):
+            roles = {"context": ("user", "context")}.get(feature.role, (feature.role,))
+            known = [f.name for f in self.features[:place] if f.role in roles and f.name != GAP]
+            for name in feature.of:
+                if name not in known:
+                    raise ConfigError(
+                        f"feature '{feature.name}' of '{name}'",
+                        rule=f"A cross is of {' and '.join(roles)} features declared before it, never of '{GAP}'",
+                        fix=did_you_mean(name, known) if known else "",
+                    )
 
     def of(self, *roles: Role) -> list[Feature]:
         """The features of these roles: role by role, in the schema's order."""
         return [feature for role in roles for feature in self.features if feature.role == role]
+
+    def columns(self, *roles: Role) -> list[str]:
+        """The columns that the features of these roles read."""
+        return [f.name for f in self.of(*roles) if not f.of and f.name not in (ITEM, GAP)]
 
 
 # -- one column → codes ------------------------------------------------------------------------------------
@@ -157,6 +185,9 @@ class Categories:
     def codes(self, column: pl.Series) -> np.ndarray:
         """(n,) int32."""
         return (self.vocabulary.encode(_text(column)) + 1).astype(np.int32)
+
+
+Coder: TypeAlias = Buckets | Categories | CrossId
 
 
 def _floats(column: pl.Series) -> np.ndarray:
@@ -235,36 +266,78 @@ def fit(
             fix="Pass both through tiglon.data.events.align first",
         )
     of_item, of_user = schema.of("inherent"), schema.of("user")
-    of_line = [f for f in schema.of("cross", "context") if f.name != GAP]
-    require_columns(items.table.columns, [f.name for f in of_item if f.name != ITEM])
-    require_columns(log.extra.columns, [f.name for f in of_line])
-    person = _rows_of_users(log.users, users, [f.name for f in of_user])
+    require_columns(items.table.columns, schema.columns("inherent"))
+    require_columns(log.extra.columns, schema.columns("cross", "context"))
+    person = _rows_of_users(log.users, users, schema.columns("user"))
 
+    coders: dict[str, Coder] = {}
     lines_of_item = np.bincount(log.item, minlength=len(items))
-    lines_of_user = np.bincount(log.user, minlength=len(log.users))
+    ids = {}
+    for feature in of_item:
+        if feature.name == ITEM:
+            ids[ITEM] = np.where(lines_of_item >= feature.min_count, np.arange(1, len(items) + 1), 0)
+    item = _learn(of_item, items.table, lines_of_item, coders, ids)
+    user = _learn(of_user, person, np.bincount(log.user, minlength=len(log.users)), coders)
+    item_codes = _stacked(item, of_item, len(items) + 1)
+    user_codes = _stacked(user, of_user, len(log.users) + 1)
+
     one = np.ones(len(log), np.int64)
-    coders: dict[str, Buckets | Categories] = {}
-    for feature in schema.features:
+    for feature in schema.of("cross"):
         if feature.name == GAP:
             coders[GAP] = _fit_gap(log, feature.buckets)
-        elif feature.role == "inherent" and feature.name != ITEM:
-            coders[feature.name] = _fit_column(feature, items.table[feature.name], lines_of_item)
-        elif feature.role == "user":
-            coders[feature.name] = _fit_column(feature, person[feature.name], lines_of_user)
-        elif feature.name != ITEM:
-            coders[feature.name] = _fit_column(feature, log.extra[feature.name], one)
-
-    item_codes = np.zeros((len(items) + 1, len(of_item)), np.int32)
-    for f, feature in enumerate(of_item):
-        if feature.name == ITEM:
-            trained = lines_of_item >= feature.min_count
-            item_codes[:-1, f] = np.where(trained, np.arange(1, len(items) + 1), 0)
-        else:
-            item_codes[:-1, f] = coders[feature.name].codes(items.table[feature.name])
-    user_codes = np.zeros((len(log.users) + 1, len(of_user)), np.int32)
-    for x, feature in enumerate(of_user):
-        user_codes[:-1, x] = coders[feature.name].codes(person[feature.name])
+    _learn([f for f in schema.of("cross") if f.name != GAP], log.extra, one, coders)
+    who = {name: codes[log.user] for name, codes in user.items()}
+    _learn(schema.of("context"), log.extra, one, coders, who)
     return FittedFeatures(schema, coders, item_codes, user_codes)
+
+
+def _learn(
+    features: list[Feature],
+    table: pl.DataFrame,
+    lines: np.ndarray,
+    coders: dict[str, Coder],
+    known: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Fit what `known` (name → codes) lacks, into `coders`; the codes of all, of lines only
+    those that a cross reads.
+
+    lines: (n,) how many training lines carry each row of the table.
+    """
+    codes = dict(known or {})
+    read = {name for feature in features for name in feature.of}
+    for feature in features:
+        if feature.name in codes:
+            continue
+        if feature.of:
+            coders[feature.name] = CrossId.fit(
+                [codes[name] for name in feature.of],
+                lines,
+                min_count=feature.min_count,
+                salt=zlib.crc32(feature.name.encode()),
+            )
+        else:
+            coders[feature.name] = _fit_column(feature, table[feature.name], lines)
+        if feature.role in ("inherent", "user") or feature.name in read:
+            codes[feature.name] = _code(feature, coders, table, codes)
+    return codes
+
+
+def _code(
+    feature: Feature, coders: Mapping[str, Coder], table: pl.DataFrame, codes: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """(n,) int32 of a column, or of a cross from the codes of its parts."""
+    coder = coders[feature.name]
+    if isinstance(coder, CrossId):
+        return coder.codes([codes[name] for name in feature.of])
+    return coder.codes(table[feature.name])
+
+
+def _stacked(codes: dict[str, np.ndarray], features: list[Feature], rows: int) -> np.ndarray:
+    """(rows, features) int32, 0 in the last row: the unknown one."""
+    stacked = np.zeros((rows, len(features)), np.int32)
+    for f, feature in enumerate(features):
+        stacked[:-1, f] = codes[feature.name]
+    return stacked
 
 
 def _rows_of_users(vocabulary: Vocabulary, users: pl.DataFrame | None, names: list[str]) -> pl.DataFrame:
@@ -295,7 +368,7 @@ class FittedFeatures:
     """
 
     schema: FeatureSchema
-    coders: dict[str, Buckets | Categories]
+    coders: dict[str, Coder]
     item_codes: np.ndarray
     user_codes: np.ndarray
 
@@ -331,12 +404,13 @@ class FittedFeatures:
 
     def line_codes(self, lines: pl.DataFrame) -> dict[str, np.ndarray]:
         """name → (E,) codes of each cross feature but the gap, in the smallest integers that hold them."""
-        names = [feature.name for feature in self.schema.of("cross") if feature.name != GAP]
-        require_columns(lines.columns, names)
-        return {
-            name: self.coders[name].codes(lines[name]).astype(np.min_scalar_type(self.coders[name].size))
-            for name in names
-        }
+        require_columns(lines.columns, self.schema.columns("cross"))
+        codes: dict[str, np.ndarray] = {}
+        for feature in self.schema.of("cross"):
+            if feature.name != GAP:
+                smallest = np.min_scalar_type(self.coders[feature.name].size)
+                codes[feature.name] = _code(feature, self.coders, lines, codes).astype(smallest)
+        return codes
 
     def store(self, log: Interactions) -> HistoryStore:
         """Every life of a log, with the codes of its cross features."""
@@ -368,23 +442,26 @@ class FittedFeatures:
 
     def profile_codes(self, user: np.ndarray, context: pl.DataFrame | None = None) -> np.ndarray:
         """(R, X) int64 codes of users (−1: unknown), then of the request's context, R lines. Raises SchemaError."""
-        names = [feature.name for feature in self.schema.of("context")]
         context = pl.DataFrame() if context is None else context
-        require_columns(context.columns, names)
-        columns = [self.user_codes[user]] + [
-            self.coders[name].codes(context[name])[:, None] for name in names
-        ]
-        return np.concatenate(columns, axis=1, dtype=np.int64)
+        require_columns(context.columns, self.schema.columns("context"))
+        who = self.user_codes[user]
+        codes = {feature.name: who[:, x] for x, feature in enumerate(self.schema.of("user"))}
+        for feature in self.schema.of("context"):
+            codes[feature.name] = _code(feature, self.coders, context, codes)
+        columns = [code.astype(np.int64) for code in codes.values()]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(who), 0), np.int64)
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing. Raises StorageError."""
         boundaries = {n: c.boundaries.tolist() for n, c in self.coders.items() if isinstance(c, Buckets)}
         categories = {n: c.vocabulary.raw for n, c in self.coders.items() if isinstance(c, Categories)}
+        crosses = {n: c for n, c in self.coders.items() if isinstance(c, CrossId)}
         about = {
             "format": FORMAT,
             "features": [asdict(feature) for feature in self.schema.features],
             "boundaries": boundaries,
             "categories": list(categories),
+            "crosses": {name: cross.salt for name, cross in crosses.items()},
         }
         frames = [
             pl.DataFrame({"value": raw}).select(pl.lit(n).alias("feature"), "value")
@@ -396,6 +473,8 @@ class FittedFeatures:
         with written_aside(Path(directory)) as aside:
             (aside / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             table.write_parquet(aside / "categories.parquet")
+            for c, cross in enumerate(crosses.values()):
+                np.save(aside / f"cross_{c}.npy", cross.fingerprint)
             np.save(aside / "item_codes.npy", self.item_codes)
             np.save(aside / "user_codes.npy", self.user_codes)
 
@@ -412,11 +491,13 @@ class FittedFeatures:
                     fix="Update Tiglon",
                 )
             table = pl.read_parquet(directory / "categories.parquet")
-            coders: dict[str, Buckets | Categories] = {
+            coders: dict[str, Coder] = {
                 name: Buckets(np.array(values, np.float64)) for name, values in about["boundaries"].items()
             }
             for name in about["categories"]:
                 coders[name] = Categories(Vocabulary(table.filter(pl.col("feature") == name)["value"]))
+            for c, (name, salt) in enumerate(about.get("crosses", {}).items()):
+                coders[name] = CrossId(salt, np.load(directory / f"cross_{c}.npy"))
             schema = FeatureSchema(Feature(**feature) for feature in about["features"])
             item_codes = np.load(directory / "item_codes.npy")
             return cls(schema, coders, item_codes, np.load(directory / "user_codes.npy"))
