@@ -1,7 +1,8 @@
 """The shell of every ranker: embed → short-term interest + long-term interest + the rest → MLP → task heads.
 
 Beside candidate and interest the MLP reads their product, elementwise after a projection of the candidate:
-whether an interest is in this very item is a product, which an MLP of sums is slow to learn.
+whether an interest is in this very item is a product, which an MLP of sums is slow to learn. It also reads how
+often and how long ago the candidate's values occurred (`intersection.py`): attention forgets how many there were.
 
 What a paper of this field adds is an interest unit: one small class that reads a user's behaviours for a
 candidate. The shell, the features and the training are the same for all, so that a comparison compares
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.intersection import PER_FEATURE, intersect
 from tiglon.types import Behaviours, RankingBatch
 
 
@@ -55,6 +57,7 @@ class RankerConfig:
     recent: int = 50  # behaviours that the short-term unit reads; TWIN: 50
     hidden: tuple[int, ...] = (200, 80)  # DIN: 200, 80
     dropout: float = 0.0
+    intersections: bool = True  # counts of the candidate's values in the life
 
 
 class Ranker(nn.Module):
@@ -77,6 +80,8 @@ class Ranker(nn.Module):
         widths = [unit.width for unit in (short, long) if unit is not None]
         self.match = nn.ModuleList(nn.Linear(embed.inherent_width, width) for width in widths)
         width = embed.inherent_width + embed.profile_width + 2 * sum(widths)
+        if c.intersections:
+            width += PER_FEATURE * embed.item_codes.shape[1]
         layers: list[nn.Module] = []
         for hidden in c.hidden:
             layers += [nn.Linear(width, hidden), nn.PReLU(hidden, init=0.25), nn.Dropout(c.dropout)]
@@ -99,7 +104,10 @@ class Ranker(nn.Module):
         candidate = self.embed.inherent(batch.item)
         matched = [match(candidate) * f.vector for match, f in zip(self.match, found, strict=True)]
         profile = self.embed.profile(batch.profile)[:, None].expand(B, K, -1)
-        x = torch.cat([candidate, *(f.vector for f in found), *matched, profile], dim=-1)
+        parts = [candidate, *(f.vector for f in found), *matched, profile]
+        if self.config.intersections:
+            parts.append(intersect(self.embed, batch.item, batch.past))
+        x = torch.cat(parts, dim=-1)
         return self.heads(self.trunk(x.flatten(0, 1))).unflatten(0, (B, K)).float(), found
 
     def loss(self, batch: RankingBatch) -> Tensor:
