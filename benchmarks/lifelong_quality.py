@@ -37,12 +37,10 @@ from rich.table import Table
 
 from tiglon.data.ranking import RankingTask, complete_journey_task
 from tiglon.evaluation.ranking import RankingEvaluation, bootstrap_mean, weighted_mean
-from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.clusters import Groups
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, measure_task
 from tiglon.recipes import RANKING_RECIPES, override
 from tiglon.train.loop import Progress
-from tiglon.types import ItemVectors
 
 REFERENCE, CLUSTERED = "full_attention", "twin_v2"
 COUNTS = ("count of the item", "count of its type")
@@ -177,18 +175,8 @@ def trained(
 
 def clustered(ranker: LifelongRanker, test: RankingTask) -> RankingTask:
     """The same requests, whose lives before the first of them are virtual items."""
-    lives = ranker.histories
-    with torch.inference_mode():
-        vectors = ranker.network.embed.catalogue().numpy()
-    groups = Groups.by_quantile("sales_value", lives.features["sales_value"])
-    names = list(lives.features)  # codes, which are names: a virtual item has those of its representative
-    store = ClusterStore.build(
-        lives,
-        ItemVectors(vectors, f"ranker {ranker.version}"),
-        until=int(test.time.min()),
-        groups=groups,
-        categorical=names,
-    )
+    groups = Groups.by_quantile("sales_value", ranker.histories.features["sales_value"])
+    store = ranker.cluster(int(test.time.min()), groups)
     return replace(test, store=store)
 
 

@@ -9,8 +9,9 @@ import pytest
 from tiglon.data.events import align, read_interactions, read_items
 from tiglon.data.features import Feature, FeatureSchema, fit
 from tiglon.data.ranking import BasketConfig, next_basket
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, LeakageError
 from tiglon.evaluation.ranking import gauc
+from tiglon.ranking.clusters import ClusterConfig
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, measure_task
 from tiglon.ranking.ranker import RankerConfig
 from tiglon.ranking.units import UnitConfig
@@ -341,3 +342,37 @@ def test_a_newer_format_is_refused(copy):
     (copy / "ranker.json").write_text(json.dumps(about | {"format": 99}))
     with pytest.raises(BundleVersionError, match="a ranker of format 99"):
         LifelongRanker.load(copy)
+
+
+# -- clustered lives ---------------------------------------------------------------------------------------
+
+
+def test_clusters_of_one_behaviour_answer_as_the_whole_lives(task, ranker):
+    """With leaves of size 1 nothing is averaged, and ln n = 0."""
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    candidates = [["g1i0", "g2i3"], ["g0i0", "g3i1"]]
+    whole = v2.predict(["u1", "u7"], candidates)
+    store = v2.cluster(config=ClusterConfig(largest=1))
+    assert store.virtual.features["size"].max() == 1
+    np.testing.assert_allclose(v2.predict(["u1", "u7"], candidates), whole, atol=1e-6)
+
+
+def test_clustered_lives_are_saved_and_explained(task, tmp_path):
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    store = v2.cluster()
+    assert len(store.virtual.item) < len(v2.histories.item)
+    expected = v2.predict(["u1"], [["g1i0", "g2i3"]])
+    v2.save(tmp_path / "ranker")
+    again = LifelongRanker.load(tmp_path / "ranker")
+    assert again.clusters is not None
+    np.testing.assert_array_equal(again.predict(["u1"], [["g1i0", "g2i3"]]), expected)
+    found = again.explain("u1", "g1i0", k=3)
+    assert 1 <= len(found) <= 3
+    assert all(behaviour.item_id.startswith("g1") for behaviour in found)
+
+
+def test_a_clustered_life_is_not_read_before_it_ends(task):
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    v2.cluster()
+    with pytest.raises(LeakageError, match="clustered up to"):
+        v2.predict(["u1"], [["g1i0"]], time=10)

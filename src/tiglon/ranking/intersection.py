@@ -34,7 +34,7 @@ def intersect(embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Ten
     return torch.from_numpy(np.concatenate(found, axis=-1))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _count(
     codes: np.ndarray,
     sizes: np.ndarray,

@@ -4,6 +4,7 @@
     ranker.evaluate(test)                                   GAUC, AUC, log loss … of each task head
     ranker.predict(["user 7"], [["milk", "bread"]])         probabilities, on the stored lives
     ranker.explain("user 7", "milk")                        the behaviours that were attended to
+    ranker.cluster(groups=Groups.by_completion())           from now on on virtual items (TWIN V2)
 
 Who is unknown. An unknown user has no past and an unknown profile. A candidate that is unknown, or had no
 event in training, is known by its other features, if any. Both get a probability. A request without a time
@@ -30,14 +31,16 @@ from safetensors.torch import load_file, save_file
 
 from tiglon.data.features import FittedFeatures
 from tiglon.data.histories import HistoryStore, offsets_of, written_aside
-from tiglon.data.ranking import RankingTask
+from tiglon.data.ranking import Lives, RankingTask
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.cluster_store import ClusterStore
+from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.ranker import Interest, Ranker, RankerConfig
 from tiglon.ranking.units import UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import RankingBatch
+from tiglon.types import ItemVectors, RankingBatch
 
 FORMAT = 1
 
@@ -94,6 +97,7 @@ class LifelongRanker:
         long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
         self.network = Ranker(embed, long, short, self.tasks, c.network).eval()
         self.history: dict[str, Any] = {}
+        self.clusters: ClusterStore | None = None
 
     @classmethod
     def of(cls, task: RankingTask, config: LifelongConfig | None = None) -> LifelongRanker:
@@ -105,6 +109,11 @@ class LifelongRanker:
     @property
     def name(self) -> str:
         return self.config.long if self.config.long != "none" else f"recent {self.config.network.recent}"
+
+    @property
+    def lives(self) -> Lives:
+        """What `predict` reads: the clustered lives where there are any, else every behaviour."""
+        return self.histories if self.clusters is None else self.clusters
 
     @property
     def version(self) -> str:
@@ -177,6 +186,36 @@ class LifelongRanker:
                 fix="Make a ranker for the task: LifelongRanker.of(task)",
             )
 
+    def cluster(
+        self,
+        until: int | None = None,
+        groups: Groups | None = None,
+        *,
+        config: ClusterConfig | None = None,
+        threads: int = 1,
+        work: str | Path | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> ClusterStore:
+        """Put virtual items in the place of the behaviours before `until` (None: all), by this ranker's item vectors.
+
+        Whatever asks from now on reads the clustered lives (TWIN V2 §4.2), which `save` keeps. The arguments are
+        those of `ClusterStore.build`; `groups` and averages are of the codes of the cross features.
+        """
+        with torch.inference_mode():
+            vectors = ItemVectors(self.network.embed.catalogue().numpy(), f"ranker {self.version}")
+        self.clusters = ClusterStore.build(
+            self.histories,
+            vectors,
+            until=until,
+            groups=groups,
+            config=config,
+            categorical=list(self.histories.features),  # codes, which are names
+            threads=threads,
+            work=work,
+            report=report,
+        )
+        return self.clusters
+
     # -- answering -------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -248,7 +287,7 @@ class LifelongRanker:
                 rule="Units that pool or read in order weigh no single behaviour",
                 fix="Ask a ranker whose unit attends, such as twin",
             )
-        life = self.histories.before(asked.user, asked.time, self.config.longest)
+        life = self.lives.before(asked.user, asked.time, self.config.longest)
         at, weight = interest.chosen[0, 0].numpy(), interest.weight[0, 0].numpy()
         if self.network.long is None:
             at = np.where(at >= 0, at + max(len(life.item) - self.config.network.recent, 0), at)
@@ -287,7 +326,7 @@ class LifelongRanker:
         user = store.users.encode(list(users))
         item = store.items.encode([item for given in candidates for item in given])
         return RankingTask(
-            store=store,
+            store=self.lives,
             features=self.features,
             user=user,
             time=np.broadcast_to(moment, user.shape).copy(),
@@ -311,6 +350,8 @@ class LifelongRanker:
             save_file(self.network.state_dict(), aside / "network.safetensors")
             self.features.save(aside / "features")
             self.histories.save(aside / "histories")
+            if self.clusters is not None:
+                self.clusters.save(aside / "clusters")
             about = {
                 "format": FORMAT,
                 "kind": "LifelongRanker",
@@ -338,6 +379,8 @@ class LifelongRanker:
             self = cls(features, histories, about["tasks"], _config(about["config"]))
             self.network.load_state_dict(load_file(directory / "network.safetensors"))
             self.history = about["history"]
+            if (directory / "clusters").is_dir():
+                self.clusters = ClusterStore.load(directory / "clusters", histories)
             if self.version != about["version"]:
                 raise ValueError(f"weights {self.version} where {about['version']} were saved")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -345,7 +388,7 @@ class LifelongRanker:
                 raise
             raise BundleDamagedError(
                 f"the ranker in {directory} cannot be read: {error}",
-                rule="A ranker has ranker.json, network.safetensors, features and histories",
+                rule="A ranker has ranker.json, network.safetensors, features, histories and perhaps clusters",
                 fix="Copy the folder again, or train anew",
             ) from error
         return self
@@ -360,7 +403,7 @@ class LifelongRanker:
             asked = pl.read_parquet(folder / "requests.parquet")
             candidates = pl.read_parquet(folder / "candidates.parquet")
             return RankingTask(
-                store=self.histories,
+                store=self.lives,
                 features=self.features,
                 user=asked["user"].to_numpy(),
                 time=asked["time"].to_numpy(),
