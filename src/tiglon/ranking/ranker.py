@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.intersection import PER_FEATURE, intersect
+from tiglon.ranking.tasks import MMoE, Towers, mlp
 from tiglon.types import Behaviours, RankingBatch
 
 
@@ -58,6 +59,8 @@ class RankerConfig:
     hidden: tuple[int, ...] = (200, 80)  # DIN: 200, 80
     dropout: float = 0.0
     intersections: bool = True  # counts of the candidate's values in the life
+    experts: int = 0  # of MMoE, each with the hidden layers above; 0: all tasks share one bottom
+    tower: tuple[int, ...] = ()  # hidden layers of each task's own; none: a linear head
 
 
 class Ranker(nn.Module):
@@ -82,12 +85,13 @@ class Ranker(nn.Module):
         width = embed.inherent_width + embed.profile_width + 2 * sum(widths)
         if c.intersections:
             width += PER_FEATURE * embed.item_codes.shape[1]
-        layers: list[nn.Module] = []
-        for hidden in c.hidden:
-            layers += [nn.Linear(width, hidden), nn.PReLU(hidden, init=0.25), nn.Dropout(c.dropout)]
-            width = hidden
-        self.trunk = nn.Sequential(*layers)
-        self.heads = nn.Linear(width, len(self.tasks))
+        T, last = len(self.tasks), c.hidden[-1] if c.hidden else width
+        self.trunk: nn.Module = mlp(width, c.hidden, c.dropout)
+        self.heads: nn.Module = nn.Linear(last, T)
+        if c.experts:
+            self.trunk = MMoE(width, T, c.experts, c.hidden, c.dropout)
+        if c.experts or c.tower:
+            self.heads = Towers(last, T, c.tower, c.dropout)
 
     def forward(self, batch: RankingBatch) -> Tensor:
         """Logits (B, K, T)."""
@@ -114,16 +118,42 @@ class Ranker(nn.Module):
         """(n,) binary cross-entropy of the n labels there are, the units' auxiliary losses added to each."""
         with self.embed.holding(batch.item, batch.past.item):
             logits, found = self.score(batch)
-        known = ~torch.isnan(batch.label)
-        losses = F.binary_cross_entropy_with_logits(logits[known], batch.label[known], reduction="none")
-        for interest in found:
-            if interest.loss is not None:
-                losses = losses + interest.loss
-            if interest.logit is not None:
-                losses = losses + interest.logit_weight * _mean_cross_entropy(
-                    interest.logit, batch.label[..., 0]
-                )
+        return _cross_entropy(logits, batch.label) + _auxiliary(found, batch.label[..., 0])
+
+    def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
+        """Task → (n_t,) binary cross-entropy of its labels; the units' auxiliary losses are the first task's."""
+        with self.embed.holding(batch.item, batch.past.item):
+            logits, found = self.score(batch)
+        losses = {
+            name: _cross_entropy(logits[..., t], batch.label[..., t]) for t, name in enumerate(self.tasks)
+        }
+        losses[self.tasks[0]] = losses[self.tasks[0]] + _auxiliary(found, batch.label[..., 0])
         return losses
+
+    def shared_and_own(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that all tasks read, and those of heads and MMoE's gates, which one task does."""
+        own = [*self.heads.parameters()]
+        if isinstance(self.trunk, MMoE):
+            own += self.trunk.gates.parameters()
+        names = {id(p) for p in own}
+        return [p for p in self.parameters() if id(p) not in names], own
+
+
+def _cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
+    """(n,) of the n labels there are."""
+    known = ~torch.isnan(label)
+    return F.binary_cross_entropy_with_logits(logit[known], label[known], reduction="none")
+
+
+def _auxiliary(found: Sequence[Interest], label_BK: Tensor) -> Tensor:
+    """What the units add to each loss, by their own tasks; a scalar."""
+    total = torch.zeros(())
+    for interest in found:
+        if interest.loss is not None:
+            total = total + interest.loss
+        if interest.logit is not None:
+            total = total + interest.logit_weight * _mean_cross_entropy(interest.logit, label_BK)
+    return total
 
 
 def _mean_cross_entropy(logit_BK: Tensor, label_BK: Tensor) -> Tensor:
