@@ -9,6 +9,7 @@ from typing import Any
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.bst import BST
+from tiglon.ranking.can import CAN
 from tiglon.ranking.dare import Dare
 from tiglon.ranking.dien import DIEN
 from tiglon.ranking.din import DIN
@@ -30,7 +31,7 @@ class UnitConfig:
     head_width: int = 16
     width: int = 64  # of an interest
     chosen: int = 100  # behaviours that a two-stage unit attends to, and `recent`; TWIN: 100
-    category: str | None = None  # inherent feature by which SIM searches; None: see `model.category_of`
+    category: str | None = None  # inherent feature by which SIM searches and CAN crosses; None: see `model.category_of`
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_width", "width", "chosen"):
@@ -52,6 +53,7 @@ UNITS: dict[str, MakeUnit] = {
     "sdim": lambda embed, c, _: Sdim(embed),
     "din": lambda embed, c, _: DIN(embed),
     "dien": lambda embed, c, _: DIEN(embed),
+    "can": lambda embed, c, category: CAN(embed, feature=category),
     "bst": lambda embed, c, _: BST(embed, width=c.width),
     "mimn": lambda embed, c, _: MIMN(embed),
     "mean_pooling": lambda embed, c, _: MeanPooling(embed),
