@@ -1,7 +1,7 @@
 """Which unit orders a household's candidates best, and what does a longer history give: Complete Journey.
 
     python benchmarks/lifelong_quality.py --out runs/lifelong.jsonl [--units twin full_attention …]
-           [--caps 50 200 1000 all] [--seeds 0 1 2] [--minutes 5] [--threads 2] [--set train.lr=0.002]
+           [--caps 50 200 1000 all] [--seeds 0 1 2] [--learn 10000] [--threads 2] [--set train.lr=0.002]
 
 Every ranking recipe with histories cut to the most recent 50, 200, 1,000 behaviours and whole, some seeds
 each: the same requests, features, short-term unit and training for all. Weights are selected on the
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="of training a row at most; by default the recipe's epochs"
     )
+    parser.add_argument("--learn", type=int, metavar="N", help="requests to learn from, the same for all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, help="cut each split to so many requests, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     given = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         changes = dict(setting.split("=", 1) for setting in given.settings)
         if given.minutes:
             changes["train.minutes"] = str(given.minutes)
-        run(given.out, given.units, given.caps, given.seeds, changes, given.requests, console)
+        run(given.out, given.units, given.caps, given.seeds, changes, given.learn, console)
     for found in tables(rows_of(given.out)):
         console.print(found)
 
@@ -93,7 +93,8 @@ def run(
     console.print(machine_line())
     began = time.monotonic()
     *splits, note = complete_journey_task(seed=0)
-    learn, validation, test = (first(split, requests) for split in splits)
+    learn, validation, test = splits
+    learn = first(learn, requests)
     console.print(f"{note}\n{len(learn):,} requests to learn from, {len(validation):,} to select on, "
                   f"{len(test):,} to test on; read in {time.monotonic() - began:.0f} s")  # fmt: skip
     done = {row["key"] for row in rows_of(out)}
