@@ -1,14 +1,23 @@
 """Shared bottom and MMoE: by their definitions, and who shares what."""
 
+import dataclasses
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
+from tiglon.data.events import align, read_interactions, read_items
+from tiglon.data.features import Feature, FeatureSchema, fit
+from tiglon.data.ranking import BasketConfig, next_basket
+from tiglon.errors import DataError
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.ranking.pooling import MeanPooling
 from tiglon.ranking.ranker import Ranker, RankerConfig
 from tiglon.ranking.tasks import MMoE, Towers, mlp
-from tiglon.train.multitask import PCGrad
+from tiglon.train.loop import TrainConfig
+from tiglon.train.multitask import PCGrad, Uncertainty
 from tiglon.types import Behaviours, RankingBatch
 
 TASKS = ("click", "like", "buy")
@@ -128,3 +137,55 @@ def test_the_plain_shell_begins_as_it_always_did(requests):
     """Saved rankers keep their names: a linear head is one layer for all tasks."""
     names = {name for name, _ in ranker(SHAPES["linear"]).named_parameters()}
     assert {"trunk.0.weight", "trunk.1.weight", "trunk.3.bias", "heads.weight", "heads.bias"} <= names
+
+
+# -- in a ranker --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Each user keeps to one of two groups of five items, of which odd ones are bought in twos."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (user, int(5 * (user % 2) + (item := rng.integers(5))), 10 * n, 1 + int(item) % 2)
+        for user in range(30)
+        for n in range(12)
+    ]
+    log = read_interactions(pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "quantity"], orient="row"))
+    log, items, _ = align(log, read_items(pl.DataFrame({"item_id": range(10)})))
+    features = fit(FeatureSchema([Feature("item_id", "inherent", width=8)]), items, log)
+    counts = np.bincount(log.item, minlength=10)
+    config = BasketConfig(first=2, negatives=3)
+    return next_basket(log, features, counts, config=config, tasks=("next_basket", "quantity_2"))
+
+
+def small(epochs=6):
+    return LifelongConfig(
+        long="mean_pooling",
+        short="none",
+        network=RankerConfig(hidden=(16,), experts=2, tower=(8,)),
+        train=TrainConfig(epochs=epochs, lr=0.03, bfloat16=False, evaluations=1, average=0.9),
+    )
+
+
+def test_a_ranker_learns_all_its_tasks(task, tmp_path):
+    ranker = LifelongRanker.of(task, small()).fit(task, task, method=Uncertainty(task.tasks))
+    found = {e.task: e.metrics["auc"] for e in ranker.evaluate(task)}
+    assert found["next_basket"] > 0.7
+    assert found["quantity_2"] > 0.9
+    ranker.save(tmp_path / "ranker")
+    np.testing.assert_array_equal(LifelongRanker.load(tmp_path / "ranker").score(task), ranker.score(task))
+
+
+def test_a_task_without_positives_is_named(task):
+    label = task.label.copy()
+    label[:, 1] = 0
+    with pytest.raises(DataError) as error:
+        LifelongRanker.of(task, small(1)).fit(dataclasses.replace(task, label=label))
+    assert str(error.value) == (
+        "the label 'quantity_2' is always 0 in the 300 requests to learn from. "
+        "A task has positives and negatives. Leave the task out, or give it requests of a longer time."
+    )
+    label[:, 1] = NAN
+    with pytest.raises(DataError, match="'quantity_2' is never given"):
+        LifelongRanker.of(task, small(1)).fit(dataclasses.replace(task, label=label))

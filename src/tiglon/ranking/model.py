@@ -40,6 +40,7 @@ from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.ranker import Interest, Ranker, RankerConfig
 from tiglon.ranking.units import UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
+from tiglon.train.multitask import Balanced, MultiTask
 from tiglon.types import ItemVectors, RankingBatch
 
 FORMAT = 1
@@ -130,18 +131,22 @@ class LifelongRanker:
         task: RankingTask,
         validation: RankingTask | None = None,
         *,
+        method: MultiTask | None = None,
         directory: Path | None = None,
         report: Callable[[Progress], None] | None = None,
     ) -> LifelongRanker:
         """Learn from the task's labels; keep the weights whose GAUC of the first label is best on `validation`.
 
+        method: what each label's loss counts, of `train.multitask`; then the mean GAUC of all labels selects.
+            None: the mean over all labels is minimised.
         directory: for checkpoints; the same call on the same directory goes on where it stopped.
-        Raises DataError for a task of other labels or items.
+        Raises DataError for a task of other labels or items, or with a label that is always 0 or always 1.
         """
         c = self.config
         for given in (task, validation):
             if given is not None:
                 self._require_fit(given)
+        _require_both_classes(task)
         sample = None
         if validation is not None and len(validation):
             rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_requests]
@@ -152,16 +157,18 @@ class LifelongRanker:
 
         def validate() -> float:
             assert sample is not None
-            label = sample.label[:, 0]
-            known = ~np.isnan(label)
-            user = sample.user[sample.owner]
-            score = gauc(self.score(sample)[known, 0], label[known], user[known])
-            return score if score == score else 0.0
+            score, user = self.score(sample), sample.user[sample.owner]
+            found = []
+            for t, label in enumerate(sample.label.T[: 1 if method is None else None]):
+                known = ~np.isnan(label)
+                found.append(gauc(score[known, t], label[known], user[known]))
+            found = [value for value in found if value == value]
+            return float(np.mean(found)) if found else 0.0
 
         self.history = train(
-            self.network,
+            self.network if method is None else Balanced(self.network, method),
             epoch_batches,
-            lambda network, batch: network.loss(batch),
+            lambda model, batch: model.loss(batch),
             validate if sample is not None else None,
             c.train,
             directory,
@@ -169,6 +176,7 @@ class LifelongRanker:
             about={
                 "requests_learned": f"{len(task)} requests, checksum {zlib.crc32(task.item.tobytes())}",
                 **{key: value for key, value in asdict(c).items() if key != "train"},
+                **({} if method is None else {"method": type(method).__name__}),
             },
         )
         return self
@@ -445,6 +453,19 @@ def measure_task(
     ]
 
 
+def _require_both_classes(task: RankingTask) -> None:
+    """A label that never differs teaches nothing, and no ranking can be measured by it."""
+    for name, label in zip(task.tasks, task.label.T, strict=True):
+        known = label[~np.isnan(label)]
+        if not len(known) or known.min() == known.max():
+            always = f"always {known[0]:g}" if len(known) else "never given"
+            raise DataError(
+                f"the label '{name}' is {always} in the {len(task):,} requests to learn from",
+                rule="A task has positives and negatives",
+                fix="Leave the task out, or give it requests of a longer time",
+            )
+
+
 def category_of(features: FittedFeatures, name: str | None) -> int:
     """Which inherent feature SIM's hard search filters by: the named one, or the finest with at most 1,000
     codes that is not the item itself, or the first. Raises ConfigError for an unknown name."""
@@ -482,7 +503,8 @@ def _write_requests(task: RankingTask, folder: Path) -> None:
 def _config(saved: dict[str, Any]) -> LifelongConfig:
     """The settings that `asdict` made JSON of."""
     network, training = saved.pop("network"), saved.pop("train")
-    network["hidden"] = tuple(network["hidden"])
+    for name in ("hidden", "tower"):
+        network[name] = tuple(network.get(name, ()))
     training["betas"] = tuple(training["betas"])
     unit = UnitConfig(**saved.pop("unit"))
     return LifelongConfig(unit=unit, network=RankerConfig(**network), train=TrainConfig(**training), **saved)
