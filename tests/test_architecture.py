@@ -23,7 +23,8 @@ ALLOWED = {
     "semantic_ids": set(),
     "retrieval": {"semantic_ids", "nn", "data", "train", "evaluation"},
     "ranking": {"semantic_ids", "nn", "data", "train", "evaluation"},
-    "serving": {"retrieval", "ranking", "semantic_ids", "nn", "data", "train", "evaluation", ""},
+    "llm": {"data"},
+    "serving": {"llm", "retrieval", "ranking", "semantic_ids", "nn", "data", "train", "evaluation", ""},
 }
 FACE = {"recipes", "cli", "terminal", "demo", "doctor", ""}  # may import everything below
 PAPERS = ["retrieval/tiger_causal.py", "retrieval/tiger_paper.py"]

@@ -11,6 +11,7 @@
     │   ├── BundleDamagedError            a file is missing or its checksum differs
     │   └── BundleVersionError            a newer Tiglon wrote it
     ├── StorageError (OSError)            the disk refused; nothing half-written is left
+    ├── LanguageModelError (RuntimeError) a language model gave no answer, or one of no use
     └── MissingExtraError (ImportError)   an optional dependency is not installed
 
 A message has up to three sentences: what was given, the rule it breaks, and what to do next.
@@ -72,6 +73,10 @@ class BundleVersionError(BundleError):
 
 class StorageError(TiglonError, OSError):
     """The disk refused a write; nothing half-written is left behind."""
+
+
+class LanguageModelError(TiglonError, RuntimeError):
+    """A language model gave no answer in time, or one that cannot be used."""
 
 
 class MissingExtraError(TiglonError, ImportError):
