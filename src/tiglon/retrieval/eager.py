@@ -1,0 +1,460 @@
+"""EAGER: every item has two codes, one of what it is and one of how it is used, and two decoders write them.
+
+Wang et al., "EAGER: Two-Stream Generative Recommender with Behavior-Semantic Collaboration", KDD 2024,
+https://arxiv.org/abs/2406.14017.
+
+Idea. One encoder reads the history; a decoder a stream writes the next item's code in its own system, made by
+hierarchical balanced k-means (`semantic_ids/balanced_kmeans.py`) from item vectors of its own: behaviour E^b and
+semantics E^s. A summary token behind the codes is pulled towards the item's frozen vector (GCT), and an auxiliary
+decoder rebuilds behaviour codes from the semantic summary (SGT):
+
+    L = L_gen^b + L_gen^s + λ1 (L_con^b + L_con^s) + λ2 (L_recon + L_recog)
+
+Answers come from a beam a stream, merged by confidence; the tasks have no part in them.
+
+Covered: both streams, both tasks, both distances of GCT, both ways to rank. The network is `eager_network.py`.
+
+Deviations:
+- histories in true chronology, and moments (baskets) never seen by a target of their own; the released code
+  zeroes the time stamps of the Amazon tables, so its histories stand in the order of the file;
+- all of a user's targets in one pass, relative biases over moments, codes with vectors of their prefixes that
+  carry content, a softmax over the codes that exist: the decoder is that of `tiger_causal.py`;
+- the encoder reads an item as the sum of its vectors in both streams, each through a matrix of its own;
+- E^b are the item vectors of a SASRec on ids alone, where the paper takes a DIN's; it sees training events alone;
+- frozen vectors are centred and scaled to entries of about unit size, or smooth L1 would be next to nothing;
+- L_recon is a softmax over all codes of a level, not over drawn ones;
+- fewer and wider layers (`EagerConfig`), sized for a CPU.
+
+Letters: B users, L history, N items, C width of item vectors, T targets, S code positions, V codes a position,
+K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.evaluation.protocol import evaluate
+from tiglon.retrieval.beam import Step, beam_search
+from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
+from tiglon.retrieval.prefixes import centred
+from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.sasrec import SasRec, SasRecConfig
+from tiglon.retrieval.tiger_causal import CausalConfig
+from tiglon.retrieval.topk import require_dense, tie_order, top_items
+from tiglon.retrieval.windows import Batch, WindowBatches, moments, overlapping_windows, padded_histories
+from tiglon.semantic_ids.balanced_kmeans import balanced_codes
+from tiglon.semantic_ids.catalog import SemanticIds
+from tiglon.semantic_ids.trie import Trie
+from tiglon.train.loop import Progress, TrainConfig, train
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+
+FORMAT = 1
+DRAWN = 256  # items beside the target in InfoNCE
+USERS = 64  # answered at once
+
+
+@dataclass(frozen=True)
+class EagerConfig:
+    model: CausalConfig = field(  # paper: 1 encoder layer, 4 decoder layers a stream
+        default_factory=lambda: CausalConfig(encoder_layers=1, decoder_layers=1, pairs=0)
+    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=6))
+    streams: tuple[str, ...] = (BEHAVIOUR, SEMANTIC)  # or one of them alone
+    branches: int = 256  # clusters a level; paper: 256, two levels
+    contrast: float = 1.0  # λ1 of GCT, paper: 1; 0 switches it off
+    contrast_loss: Literal["smooth-l1", "info-nce"] = "smooth-l1"  # the paper's; the released code's
+    transfer: float = 1.0  # λ2 of SGT, paper: 1; 0 switches it off; there is none with one stream
+    ranking: Literal["own", "both"] = "both"  # log-probability by an item's own stream (paper: "own"; an item
+    # of both beams has the larger one), or by both streams, added (the released code)
+    window: int = 50  # most recent events read; paper: 20
+    batch_targets: int = 384
+    beams: int = 50  # a stream
+    validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
+
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_targets", "beams", "validation_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if self.streams not in ((BEHAVIOUR, SEMANTIC), (BEHAVIOUR,), (SEMANTIC,)):
+            raise ConfigError(
+                f"streams={self.streams}", rule=f"({BEHAVIOUR!r}, {SEMANTIC!r}), or one of them"
+            )
+        if self.contrast < 0 or self.transfer < 0:
+            raise ConfigError(
+                f"contrast={self.contrast}, transfer={self.transfer}", rule="A weight is at least 0"
+            )
+        choices = {"contrast_loss": ("smooth-l1", "info-nce"), "ranking": ("own", "both")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", rule=f"{name} is one of {known}")
+
+
+def behaviour_vectors(
+    interactions: Interactions,
+    config: SasRecConfig | None = None,
+    *,
+    directory: Path | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> np.ndarray:
+    """E^b: (N, C) item vectors that a SASRec on ids alone learns from training events; the last weights.
+
+    interactions: the training events alone.   directory, report: as `Eager.fit` takes them.
+    """
+    model = SasRec(interactions.items, config).fit(interactions, directory=directory, report=report)
+    with torch.inference_mode():
+        return model.network.vectors().numpy()
+
+
+def eager_ids(
+    vectors: Mapping[str, np.ndarray], items: Vocabulary, config: EagerConfig | None = None
+) -> dict[str, SemanticIds]:
+    """The codes of each stream from its item vectors (N, C); the last code is the leaf, no two items share one.
+
+    Raises DataError unless every stream has a finite vector for each item.
+    """
+    config = config or EagerConfig()
+    made = {}
+    for name in config.streams:
+        if name not in vectors:
+            raise DataError(
+                f"vectors of {', '.join(vectors) or 'nothing'}",
+                rule=f"EAGER has the streams {', '.join(config.streams)}",
+                fix=f'Add vectors["{name}"], or leave the stream out of EagerConfig.streams',
+            )
+        codes = balanced_codes(vectors[name], items, config.branches, seed=config.train.seed)
+        sizes = tuple(int(size) for size in codes.max(axis=0, initial=0) + 1)
+        made[name] = SemanticIds(codes, sizes, np.ones(len(items), bool))
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class CodeSystem:
+    """The codes of one stream, as training and decoding look them up."""
+
+    ids: SemanticIds
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """(N, S)."""
+        return torch.from_numpy(self.ids.codes.astype(np.int64))
+
+    @cached_property
+    def trie(self) -> Trie:
+        return Trie.build(self.ids.codes, self.ids.sizes)
+
+    @cached_property
+    def paths(self) -> list[np.ndarray]:
+        """For each depth 0 … S−1 the trie's node on the way to each item (N,)."""
+        return [self.trie.find(self.ids.codes[:, :depth]) for depth in range(self.trie.depth)]
+
+    def allowed(self, items: Tensor) -> list[Tensor]:
+        """For each position the codes (T, V) that exist below each item's prefix."""
+        masks = []
+        for depth, size in enumerate(self.ids.sizes):
+            offsets, codes, _ = self.trie.children(self.paths[depth][items.numpy()], depth)
+            mask = torch.zeros(len(items), size, dtype=torch.bool)
+            row = np.repeat(np.arange(len(items)), np.diff(offsets))
+            mask[torch.from_numpy(row), torch.from_numpy(codes).long()] = True
+            masks.append(mask)
+        return masks
+
+
+class Eager(Retriever):
+    """Retrieve by generating two codes of the next item, each in its own system.
+
+    vectors = {"behaviour": behaviour_vectors(split.train), "semantic": text_vectors}
+    eager = Eager(eager_ids(vectors, items.vocabulary), items.vocabulary, vectors=vectors)
+    eager.fit(split.train, split.validation).recommend(["user 7"], k=10)
+    """
+
+    name = "eager"
+
+    def __init__(
+        self,
+        ids: Mapping[str, SemanticIds],
+        items: Vocabulary,
+        config: EagerConfig | None = None,
+        vectors: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """vectors: by stream (N, C), those that the codes were made of; they are needed to `fit`."""
+        self.config = config or EagerConfig()
+        self.items = items
+        if tuple(ids) != self.config.streams:
+            raise DataError(f"codes of {tuple(ids)}", rule=f"The streams are {self.config.streams}")
+        self.frozen: dict[str, np.ndarray] | None = None
+        for name in ids:
+            for what, rows in (("semantic IDs", ids[name]), ("vectors", vectors and vectors.get(name))):
+                if rows is not None and len(rows) != len(items):
+                    raise DataError(f"{len(rows)} {what} of {name} for {len(items)} items")
+        if vectors is not None:
+            self.frozen = {name: centred(vectors[name], vectors[name].mean(axis=0)) for name in ids}
+        self.systems = {name: CodeSystem(system) for name, system in ids.items()}
+        self._assemble({} if vectors is None else {name: vectors[name].shape[1] for name in ids}, vectors)
+
+    def _assemble(self, widths: Mapping[str, int], vectors: Mapping[str, np.ndarray] | None = None) -> None:
+        """A new network, with tasks where there are vectors to learn from. widths: C by stream."""
+        c = self.config
+        torch.manual_seed(c.train.seed)
+        streams = {
+            name: Stream(
+                system.ids.sizes,
+                c.model,
+                system.ids.codes,
+                None if vectors is None else vectors[name],
+                widths.get(name, 0),
+            )
+            for name, system in self.systems.items()
+        }
+        transfer = c.transfer > 0 and len(streams) == 2
+        tasks = None
+        if vectors is not None and (c.contrast > 0 or transfer):
+            tasks = Tasks(streams, widths, c.contrast_loss if c.contrast > 0 else None, transfer)
+        self.widths = dict(widths)
+        self.network = EagerNetwork(c.model, streams, tasks).eval()
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        interactions: Interactions,
+        validation: Targets | None = None,
+        *,
+        directory: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Eager:
+        """As `Tiger.fit`: learn from the training events, keep the weights that are best on `validation`.
+
+        Raises DataError where the log numbers items otherwise or is empty, ConfigError without vectors.
+        """
+        if interactions.items != self.items:
+            raise DataError(
+                "a log whose items are not those of the codes",
+                fix="Call tiglon.data.events.align(interactions, items) first",
+            )
+        if not len(interactions):
+            raise DataError("a log without any event to predict")
+        if self.frozen is None:
+            raise ConfigError("no item vectors to learn from", fix="Make it anew: Eager(…, vectors=vectors)")
+        c, log = self.config, HistoryStore.build(interactions)
+        moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
+        windows = overlapping_windows(log.offsets, moment, c.window)
+        wanted = np.ones(len(interactions), bool)
+        sample = None
+        if validation is not None and len(validation):
+            rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_users]
+            sample = validation.take(np.sort(rows))
+
+        def epoch_batches(epoch: int) -> Sequence[Batch]:
+            seed = [c.train.seed, epoch]
+            return WindowBatches(log.item, moment, wanted, user, windows, c.batch_targets, seed)
+
+        def validate() -> float:
+            assert sample is not None
+            return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
+
+        self.history = train(
+            self.network,
+            epoch_batches,
+            lambda network, batch: self.loss(batch),
+            validate if sample is not None else None,
+            c.train,
+            directory,
+            report,
+            about={
+                "ids": {name: system.ids.version for name, system in self.systems.items()},
+                "vectors": {name: zlib.crc32(rows.tobytes()) for name, rows in self.frozen.items()},
+                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
+                **{key: value for key, value in asdict(c).items() if key not in ("train", "ranking")},
+            },
+        )
+        self.log = log
+        return self
+
+    def loss(self, batch: Batch) -> Tensor:
+        """(T,) L of the batch's T targets."""
+        weights = {"contrast": self.config.contrast, "transfer": self.config.transfer}
+        parts = self.losses(batch)
+        return torch.stack([weights.get(name, 1.0) * part for name, part in parts.items()]).sum(dim=0)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """(T,) its parts: −log p(item) of each stream, and "contrast" and "transfer" where they are on."""
+        target = batch.item[batch.target]
+        codes = {name: system.codes[batch.item] for name, system in self.systems.items()}
+        allowed = {name: system.allowed(target) for name, system in self.systems.items()}
+        tasks, wanted, drawn = self.network.tasks, None, None
+        if tasks is not None and tasks.contrast is not None:
+            wanted = {name: self._scaled(name, target) for name in codes}
+            if tasks.contrast == "info-nce":
+                others = torch.randint(len(self.items), (DRAWN,))
+                same = others == target[:, None]
+                drawn = {name: (self._scaled(name, others), same) for name in codes}
+        return self.network.losses(codes, batch.moment, batch.target, allowed, wanted, drawn)
+
+    def _scaled(self, name: str, items: Tensor) -> Tensor:
+        """(n, C) frozen vectors, with entries of about unit size."""
+        assert self.frozen is not None
+        rows = self.frozen[name][items.numpy()]
+        return torch.from_numpy(rows) * rows.shape[1] ** 0.5
+
+    # -- answering -----------------------------------------------------------------------------
+
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        """The k items that the streams are most confident of; scores are log-probabilities.
+
+        With `ranking` "both" they are the sums of two, the products of what both streams give an item.
+        """
+        require_k(k)
+        require_dense(histories, len(self.items))
+        k = min(k, len(self.items))
+        found_item = np.full((len(histories), k), MISSING, np.int64)
+        found_score = np.full((len(histories), k), -np.inf, np.float32)
+        order = np.argsort(histories.lengths, kind="stable")
+        for start in range(0, len(order), USERS):
+            rows = np.sort(order[start : start + USERS])
+            best = self._best(histories.take(rows), k, exclude_seen)
+            found_item[rows, : best.item.shape[1]] = best.item
+            found_score[rows, : best.item.shape[1]] = best.score
+        return Candidates(found_item, found_score, self.name)
+
+    @torch.inference_mode()
+    def _best(self, histories: Histories, k: int, exclude_seen: bool) -> Candidates:
+        item, moment, now = padded_histories(histories.last(self.config.window))
+        codes = {name: system.codes[item] for name, system in self.systems.items()}
+        memories = self.network.encode(codes, moment)
+        width = min(max(k, self.config.beams), len(self.items))
+        beams = []
+        for name, system in self.systems.items():
+            step = self.network.streams[name].decoder_for(memories[name], now)
+            seen = histories if exclude_seen else None
+            seen_codes = system.ids.codes[histories.item]
+            beams.append(
+                beam_search(
+                    step, system.trie, len(histories), width, width=width, seen=seen, seen_codes=seen_codes
+                )
+            )
+        items = np.concatenate([beam.item for beam in beams], axis=1)
+        scores = np.concatenate([beam.score for beam in beams], axis=1)
+        items, scores = merged(items, scores)
+        if self.config.ranking == "both" and len(beams) > 1:
+            total = np.zeros(items.shape)
+            for name, system in self.systems.items():
+                step = self.network.streams[name].decoder_for(memories[name], now)
+                total += item_scores(step, system.trie, system.ids.codes[items])
+            scores = np.where(items == MISSING, -np.inf, total)
+        order = np.lexsort((tie_order(len(self.items))[items], -scores), axis=1)[:, :k]
+        items, scores = np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return Candidates(items, scores.astype(np.float32), self.name)
+
+    def similar_items(self, items: np.ndarray, k: int) -> Candidates:
+        """The k items most alike to each of these dense items (B,): the mean over the streams of the cosine
+        of what items say to the encoder."""
+        require_k(k)
+        with torch.inference_mode():
+            streams = self.network.streams.items()
+            parts = [F.normalize(stream.items(self.systems[name].codes), dim=1) for name, stream in streams]
+            vectors = torch.cat(parts, dim=1) * len(parts) ** -0.5
+            scores = (vectors[torch.from_numpy(items)] @ vectors.T).numpy()
+        return top_items(scores, k, Histories.of([[i] for i in items]), source=self.name)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder, all of it or nothing; the tasks and `log` are not part of it. Raises StorageError."""
+        with written_aside(Path(directory)) as aside:
+            about = {
+                "format": FORMAT,
+                "kind": "Eager",
+                "config": asdict(self.config),
+                "widths": self.widths,
+            }
+            (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
+            pq.write_table(pa.table({"item_id": self.items.raw}), aside / "items.parquet")
+            for name, system in self.systems.items():
+                system.ids.save(aside / name)
+            tensors = self.network.state_dict().items()
+            kept = {name: value for name, value in tensors if not name.startswith("tasks.")}
+            save_file(kept, aside / "network.safetensors")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Eager:
+        """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"a retriever of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            settings = about["config"]
+            training = settings.pop("train")
+            training["betas"] = tuple(training["betas"])
+            config = EagerConfig(
+                model=CausalConfig(**settings.pop("model")),
+                train=TrainConfig(**training),
+                streams=tuple(settings.pop("streams")),
+                **settings,
+            )
+            items = Vocabulary(pq.read_table(directory / "items.parquet")["item_id"])
+            ids = {name: SemanticIds.load(directory / name) for name in config.streams}
+            self = cls(ids, items, config)
+            self._assemble(about["widths"])
+            self.network.load_state_dict(load_file(directory / "network.safetensors"))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, (BundleDamagedError, BundleVersionError)):
+                raise
+            raise BundleDamagedError(
+                f"the retriever in {directory} cannot be read: {error}",
+                rule="An Eager has retriever.json, items.parquet, network.safetensors and a folder a stream",
+                fix="Copy the folder again, or fit anew",
+            ) from error
+        return self
+
+
+def merged(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists (B, K) in which no item stands twice: the larger score stays, MISSING with −inf takes the place."""
+    order = np.lexsort((-score, item), axis=1)
+    item, score = np.take_along_axis(item, order, axis=1), np.take_along_axis(score, order, axis=1)
+    again = np.zeros(item.shape, bool)
+    again[:, 1:] = item[:, 1:] == item[:, :-1]
+    return np.where(again, MISSING, item), np.where(again, -np.inf, score)
+
+
+def item_scores(step: Step, trie: Trie, codes_BKS: np.ndarray) -> np.ndarray:
+    """(B, K) float64 log p of given items, all in the trie, under the softmax over codes that exist.
+
+    step: as `beam_search` takes it, fresh. What a beam search finds has these scores.
+    """
+    B, K, S = codes_BKS.shape
+    user, score = np.arange(B)[:, None], np.zeros((B, K))
+    node, at = np.full((B, 1), trie.root), np.zeros(K, np.int64)  # nodes before the code; which of them
+    for depth in range(S):
+        if depth == 0:
+            logits = step(0, None, None)
+        else:
+            logits = step(depth, np.tile(at, (B, 1)), codes_BKS[..., depth - 1].astype(np.int64))
+            node, at = trie.find(codes_BKS[..., :depth].reshape(B * K, depth)).reshape(B, K), np.arange(K)
+        offsets, codes, _ = trie.children(node.ravel(), depth)
+        owner = np.repeat(np.arange(node.size), np.diff(offsets))
+        values = logits.reshape(node.size, -1)[owner, codes].astype(np.float64)
+        total = np.logaddexp.reduceat(values, offsets[:-1]).reshape(node.shape)
+        score += logits[user, at, codes_BKS[..., depth]] - total[:, at]
+    return score

@@ -1,0 +1,108 @@
+"""Balanced k-means: the sizes are exact, the dealing is nearly the best there is, and a path is an item's own."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from tiglon.errors import ConfigError, DataError
+from tiglon.semantic_ids.balanced_kmeans import assign, balanced_codes, balanced_kmeans
+from tiglon.types import Vocabulary
+
+
+def blobs(n, width=6, seed=0):
+    random = np.random.default_rng(seed)
+    centres = 3 * random.normal(size=(9, width))
+    return (centres[random.integers(0, 9, n)] + 0.3 * random.normal(size=(n, width))).astype(np.float32)
+
+
+def names(n):
+    return Vocabulary([f"item {i}" for i in range(n)])
+
+
+def balanced(code, size):
+    return set(np.bincount(code, minlength=size)) <= {len(code) // size, -(-len(code) // size)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 20), st.sampled_from(["blobs", "zeros", "copies"]))
+def test_every_cluster_has_its_share_exactly(n, size, kind):
+    points = {"blobs": blobs(n), "zeros": np.zeros((n, 6), np.float32), "copies": blobs(n) // 4}[kind]
+    code = balanced_kmeans(points, size, np.random.default_rng(0))
+    assert code.shape == (n,)
+    assert 0 <= code.min() <= code.max() < size
+    assert balanced(code, size)
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("n, size", [(60, 4), (61, 7), (40, 39)])
+def test_the_total_is_near_that_of_the_best_assignment(n, size, tolerance):
+    cost = np.random.default_rng(n).random((n, size)).astype(np.float32)
+    code = assign(cost, tolerance)
+    seats = np.repeat(np.arange(size), np.bincount(code, minlength=size))
+    rows, columns = linear_sum_assignment(cost[:, seats])
+    best = cost[rows, seats[columns]].sum()
+    assert best - 1e-3 <= cost[np.arange(n), code].sum() <= best + tolerance * cost.min(axis=1).sum() + 1e-3
+
+
+def test_the_larger_clusters_are_those_that_more_want():
+    cost = np.ones((8, 3), np.float32)
+    cost[:5, 2], cost[5:, 1] = 0, 0
+    assert np.bincount(assign(cost)).tolist() == [2, 3, 3]
+
+
+def test_clusters_of_the_right_size_are_found():
+    centres = 10 * np.random.default_rng(0).normal(size=(12, 5))
+    truth = np.random.default_rng(1).permutation(np.repeat(np.arange(12), 20))
+    points = (centres[truth] + 0.1 * np.random.default_rng(2).normal(size=(240, 5))).astype(np.float32)
+    code = balanced_kmeans(points, 12, np.random.default_rng(0))
+    assert len(np.unique(np.stack([truth, code]), axis=1).T) == 12
+
+
+@pytest.mark.parametrize("n, branches, levels", [(1, 4, 2), (3, 8, 2), (16, 4, 2), (17, 4, 3), (100, 7, 3)])
+def test_a_path_is_one_items_own_and_balanced_at_every_level(n, branches, levels):
+    codes = balanced_codes(blobs(n), names(n), branches)
+    assert codes.dtype == np.int32
+    assert codes.shape == (n, levels)
+    assert len(np.unique(codes, axis=0)) == n
+    assert codes.max() < branches
+    for level in range(levels):
+        for prefix in np.unique(codes[:, :level], axis=0):
+            below = (codes[:, :level] == prefix).all(axis=1)
+            assert balanced(codes[below, level], branches)
+
+
+def test_a_catalogue_smaller_than_the_number_of_codes_has_a_cluster_an_item():
+    codes = balanced_codes(blobs(5), names(5), 256)
+    assert np.sort(codes[:, 0]).tolist() == [0, 1, 2, 3, 4]
+    assert (codes[:, 1] == 0).all()
+
+
+def test_the_same_items_in_another_order_have_the_same_codes():
+    vectors, raw = blobs(120), [f"item {i}" for i in range(120)]
+    vectors[40:60] = vectors[3]  # copies, which only their names tell apart
+    vectors[60:80] = 0
+    codes = balanced_codes(vectors, Vocabulary(raw), 8)
+    order = np.random.default_rng(5).permutation(120)
+    again = balanced_codes(vectors[order], Vocabulary([raw[i] for i in order]), 8)
+    np.testing.assert_array_equal(again, codes[order])
+
+
+def test_items_that_are_alike_share_their_first_code():
+    vectors = blobs(400)
+    codes = balanced_codes(vectors, names(400), 20)
+    distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    together = codes[:, :1] == codes[:, 0]
+    assert distance[together].mean() < 0.25 * distance[~together].mean()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ConfigError, match=r"branches=1, levels=2\. Both are at least 2"):
+        balanced_codes(blobs(5), names(5), 1)
+    with pytest.raises(DataError, match="5 vectors for 4 items"):
+        balanced_codes(blobs(5), names(4))
+    vectors = blobs(5)
+    vectors[2, 1] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        balanced_codes(vectors, names(5))
