@@ -28,9 +28,8 @@ def main(folder: Path, changes: dict[str, str] | None = None) -> None:
     # Decoded over the updated trie like every other item ...
     everything = [item.item_id for item in later.recommend([7], k=101, exclude_seen=False)[0]]
     print("its rank for user 7:", everything.index(1000) + 1)
-    # ... or beside those that share its prefix, up to a tenth of the list (TIGER §4.3).
-    mixed = [item.item_id for item in later.recommend([7], k=10, new_share=0.1)[0]]
-    print("ten, with room for new items:", mixed)
+    # ... and right behind the item that it is most like: new items may take a tenth of a list.
+    print("ten:", [item.item_id for item in later.recommend([7], k=10)[0]])
 
     later.save(folder / "cold-start")  # a new version in the same place
     print(f"version {bundle.version} became {later.load(folder / 'cold-start').version}")

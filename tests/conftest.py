@@ -21,6 +21,12 @@ TINY = {
     "train.epochs": "2",
     "train.evaluations": "1",
     "beams": "10",
+    "sasrec.width": "8",
+    "sasrec.heads": "1",
+    "sasrec.hidden": "16",
+    "sasrec.layers": "1",
+    "sasrec.train.epochs": "1",
+    "sasrec.train.evaluations": "1",
 }
 
 

@@ -16,6 +16,7 @@ from tiglon import cli
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.engine import Engine
 from tiglon.serving.messages import RecommendRequest
+from tiglon.serving.publish import current, versions
 
 
 @pytest.fixture
@@ -109,6 +110,78 @@ def test_recommend_says_who_found_each_item(tiglon, bundle_path):
     status, out, _ = tiglon("recommend", bundle_path, "--user", 3, "--k", 2, "--explain")
     assert status == 0
     assert out.count("(place ") >= 2
+
+
+def test_a_ranker_joins_a_bundle_and_a_home(tiglon, bundle_path, world_tables, tmp_path):
+    tables = (
+        "--interactions",
+        world_tables / "interactions.parquet",
+        "--items",
+        world_tables / "items.parquet",
+    )
+    small = ("--set", "train.epochs=1", "--set", "train.evaluations=1")
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    status, out, err = tiglon("train", *tables, "--recipe", "din", "--into", copy, *small)
+    assert status == 0, err
+    assert "seen items hidden: its log-odds weigh " in err
+    assert "GAUC" in out.upper() and "funnel" in out  # noqa: PT018
+    bundle = Bundle.load(copy)
+    assert bundle.ranker is not None
+    assert bundle.version != Bundle.load(bundle_path).version
+    assert tiglon("recommend", copy, "--user", 3)[0] == 0
+    assert os.listdir(tmp_path) == ["copy"]
+
+    home = tmp_path / "home"
+    assert tiglon("publish", bundle_path, home)[0] == 0
+    assert tiglon("train", *tables, "--recipe", "din", "--into", home, *small)[0] == 0
+    assert len(versions(home)) == 2
+    assert Bundle.load(current(home)).ranker is not None
+
+
+@pytest.mark.parametrize("more", [["--recipe", "tiger"], ["--recipe", "din", "--out", "x"]])
+def test_only_a_ranker_joins_a_bundle(tiglon, bundle_path, world_tables, more):
+    tables = (
+        "--interactions",
+        world_tables / "interactions.parquet",
+        "--items",
+        world_tables / "items.parquet",
+    )
+    status, _, err = tiglon("train", *tables, "--into", bundle_path, *more)
+    assert status == 1
+    assert err.startswith("error: --into with ")
+    assert err.endswith("Give --out alone, or a ranker's recipe, such as --recipe twin.\n")
+
+
+def test_a_ranker_of_other_tables_is_refused_before_it_is_trained(
+    tiglon, bundle_path, world_tables, tmp_path
+):
+    log = write(tmp_path / "log.parquet", pl.read_parquet(world_tables / "interactions.parquet")[5:])
+    items = world_tables / "items.parquet"
+    status, _, err = tiglon(
+        "train", "--interactions", log, "--items", items, "--recipe", "din", "--into", bundle_path
+    )
+    assert status == 1
+    assert "which is not the bundle's" in err.splitlines()[-1]
+
+
+def test_publish_rollback_prune(tiglon, bundle_path, tmp_path):
+    home = tmp_path / "home"
+    first = Bundle.load(bundle_path).version
+    status, out, err = tiglon("publish", bundle_path, home)
+    assert (status, out, err) == (0, "", f"{home} answers with version {first}\n")
+    later = shutil.copytree(bundle_path, tmp_path / "later")
+    tiglon(
+        "ids", "update", later, "--items", write(tmp_path / "n.parquet", {"item_id": [500], "title": ["x"]})
+    )
+    second = Bundle.load(later).version
+    assert tiglon("publish", later, home)[2] == f"{home} answers with version {second}\n"
+    assert tiglon("rollback", home) == (0, "", f"{home} answers with version {first}\n")
+    status, _, err = tiglon("rollback", home)
+    assert (status, err.startswith(f"error: a rollback of {first}, before which nothing is")) == (1, True)
+    assert tiglon("prune", home, "--keep", 1)[:2] == (0, f"{second}\n")
+    assert tiglon("prune", home, "--keep", 0)[0] == 1
+    status, _, err = tiglon("rollback", tmp_path / "none")
+    assert (status, "no bundle is published in" in err) == (1, True)
 
 
 def test_ids_report_and_plot(tiglon, bundle_path, tmp_path):
@@ -284,6 +357,8 @@ def test_unknown_settings_and_recipes_come_with_a_suggestion(train):
     [
         ["wibble"],
         ["train", "--out", "x"],
+        ["train", "--interactions", "x", "--items", "y"],
+        ["publish", "x"],
         ["recommend", "x"],
         ["recommend", "x", "--user", "1", "--history", "2"],
         ["recommend", "x", "--user", "1", "--k", "many"],

@@ -26,6 +26,8 @@ from tiglon.recipes import (
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.tiger_paper import PaperConfig
 from tiglon.serving.bundle import Bundle
+from tiglon.serving.engine import Engine
+from tiglon.serving.messages import RecommendRequest
 
 
 class Listener(Reporter):
@@ -103,7 +105,9 @@ def test_override_refuses_what_it_cannot_read(changes, message):
 
 def test_every_setting_can_be_named():
     places = list(recipes._paths(tiger()))
-    assert len({path[-2:] for path in places}) == len(places)
+    names = {".".join(path).removeprefix("tiger.") for path in places}
+    assert len(names) == len(places)
+    assert {"train.lr", "sasrec.train.lr", "ids.codes"} <= names
     flat = json.dumps(dataclasses.asdict(tiger()))
     assert all(f'"{path[-1]}"' in flat for path in places)
 
@@ -162,6 +166,7 @@ def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_t
         "co-occurrence",
         "text + co-occurrence",
         "tiger",
+        "sasrec",
         "funnel",
     ]
     assert bundle.recipe["tiger"]["train"]["epochs"] == 2
@@ -207,14 +212,15 @@ def test_other_tokenizers_train_too(world_tables, tiny, tmp_path, tokenizer):
     bundle = train(
         world_tables / "interactions.parquet", world_tables / "items.parquet", tmp_path / "o", changes=changes
     )
-    assert bundle.recommend([1], 3)[0][0].source == "tiger"
+    found = Engine(bundle).recommend(RecommendRequest(user_id=1, k=3, explain=True)).items
+    assert {"tiger", "sasrec"} <= {source.name for item in found for source in item.reasons.sources}
 
 
 def test_a_catalogue_of_one_item(tiny, tmp_path):
     log = pl.DataFrame({"user_id": [1] * 4, "item_id": [5] * 4, "timestamp": [1, 2, 3, 4]})
     items = pl.DataFrame({"item_id": [5], "title": ["the only one"]})
     bundle = train(log, items, tmp_path / "out", changes=tiny)
-    assert [(r.item_id, r.source) for r in bundle.recommend([1], 10)[0]] == [(5, "tiger")]
+    assert [r.item_id for r in bundle.recommend([1], 10)[0]] == [5]
 
 
 def test_users_of_few_events_only_teach_and_a_log_of_them_alone_is_refused(world_tables, tiny, tmp_path):

@@ -117,7 +117,10 @@ def data_validate(
 def train(
     interactions: InteractionsPath,
     items: Annotated[Path, typer.Option(help="item_id and any columns of text.")],
-    out: Annotated[Path, typer.Option(help="Where the bundle goes.")],
+    out: Annotated[Path | None, typer.Option(help="Where the bundle, or the ranker, goes.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="In place of --out: a bundle or a home that gets the ranker.")
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="A retriever: tiger, tiger_paper. A ranker: twin, din, sim_soft, …")
     ] = "tiger",
@@ -125,13 +128,38 @@ def train(
     change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
-    """Two tables to a bundle: IDs, TIGER, baselines, evaluation; or to a ranker, by a ranker's recipe.
+    """Two tables to a bundle: IDs, TIGER, SASRec, baselines, evaluation; or to a ranker, by a ranker's recipe.
 
-    Killed, it goes on when given again.
+    A ranker stands alone (--out) or orders what a bundle finds (--into). Killed, it goes on when given again.
     """
     from tiglon import recipes
     from tiglon.terminal import Terminal, metrics_table
 
+    title = "Test: the last moment of each user"
+    if into is not None:
+        if out is not None or recipe not in recipes.RANKING_RECIPES:
+            raise ConfigError(
+                f"--into with {'--out' if out is not None else f'the recipe {recipe}'}",
+                rule="--into names the bundle that a ranker joins",
+                fix="Give --out alone, or a ranker's recipe, such as --recipe twin",
+            )
+        from tiglon.evaluation.ranking import table
+
+        bundle, found = recipes.add_ranker(
+            interactions,
+            items,
+            into,
+            recipes.RANKING_RECIPES[recipe],
+            minutes=minutes,
+            changes=_changes(change or []),
+            reporter=Terminal(),
+        )
+        _stdout().print(table(found, title=title))
+        _stdout().print(metrics_table(bundle.metrics, title))
+        _say(f"{into}, version {bundle.version}. Go on: tiglon serve {into}")
+        return
+    if out is None:
+        raise typer.BadParameter("give --out, or --into for a ranker")
     if recipe in recipes.RANKING_RECIPES:
         from tiglon.evaluation.ranking import table
 
@@ -145,7 +173,7 @@ def train(
             overwrite=overwrite,
             reporter=Terminal(),
         )
-        _stdout().print(table(found, title="Test: the last moment of each user"))
+        _stdout().print(table(found, title=title))
         _say(f"{out}, version {ranker.version}. Go on: tiglon evaluate {out}")
         return
     known = [*recipes.RECIPES, *recipes.RANKING_RECIPES]
@@ -161,7 +189,7 @@ def train(
         overwrite=overwrite,
         reporter=Terminal(),
     )
-    _stdout().print(metrics_table(bundle.metrics, "Test: the last moment of each user"))
+    _stdout().print(metrics_table(bundle.metrics, title))
     _say(
         f"{out}, version {bundle.version}. Go on: tiglon recommend {out} --user {bundle.histories.users.raw[0]}"
     )
@@ -269,6 +297,37 @@ def serve(
 
     settings = Settings(keys=keys, threads=threads, waiting=waiting, budget_ms=budget_ms)
     run(source, host, port, workers=workers, state=state, settings=settings)
+
+
+HomePath = Annotated[Path, typer.Argument(metavar="HOME", help="Folder of published bundles.")]
+
+
+@app.command()
+def publish(bundle: BundlePath, home: HomePath) -> None:
+    """Let a bundle answer: a copy of it in a home, whose servers take it up by themselves."""
+    from tiglon.serving.publish import publish as run
+
+    _say(f"{home} answers with version {run(bundle, home).name}")
+
+
+@app.command()
+def rollback(home: HomePath) -> None:
+    """Let the bundle before the current one answer again."""
+    from tiglon.serving.publish import rollback as run
+
+    _say(f"{home} answers with version {run(home).name}")
+
+
+@app.command()
+def prune(
+    home: HomePath,
+    keep: Annotated[int, typer.Option(help="The current bundle and so many less one before it stay.")] = 3,
+) -> None:
+    """Delete old bundles of a home; print their versions."""
+    from tiglon.serving.publish import prune as run
+
+    for version in run(home, keep):
+        print(version)
 
 
 @app.command()

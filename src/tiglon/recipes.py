@@ -2,11 +2,13 @@
 
 A recipe is a function of the data's size that returns frozen settings. `train` runs it:
 
-    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → baselines → funnel → test → bundle
+    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → SASRec → baselines → funnel → test → bundle
 
 A ranking recipe is the settings themselves; `train_ranker` runs it:
 
     read → align → split → features → requests → network → test → ranker
+
+and `add_ranker` makes it a part of a bundle.
 
 Long work leaves checkpoints in a folder beside the bundle. A run that was killed goes on when the same
 command is given again, and the folder goes when the bundle is there.
@@ -40,6 +42,7 @@ from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
 from tiglon.ranking.units import UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
+from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.tiger_paper import PaperConfig
@@ -49,8 +52,9 @@ from tiglon.semantic_ids.lsh import LSH
 from tiglon.semantic_ids.random_ids import RandomIds
 from tiglon.semantic_ids.rqvae import RQVAEConfig, RQVAETokenizer
 from tiglon.semantic_ids.tokenizer import Tokenizer
-from tiglon.serving.bundle import Bundle, ItemText, codes_of, require_free
+from tiglon.serving.bundle import Bundle, ItemText, codes_of, require_free, require_same_log
 from tiglon.serving.funnel import FunnelConfig
+from tiglon.serving.publish import bundle_folder, publish
 from tiglon.train.loop import Progress, TrainConfig
 from tiglon.types import Interactions, Items
 
@@ -86,6 +90,7 @@ class Recipe:
     text: ItemTextConfig = field(default_factory=ItemTextConfig)
     ids: IdsConfig = field(default_factory=IdsConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
+    sasrec: SasRecConfig = field(default_factory=SasRecConfig)
     funnel: FunnelConfig = field(default_factory=FunnelConfig)
     exclude_seen: bool | None = None  # never recommend what a user had; None: unless the log repeats itself
 
@@ -107,7 +112,22 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
     else:
         epochs = min(15, max(2, 1_000_000 // events))  # a quarter of an hour of one core, whatever the size
         settings = TigerConfig(train=TrainConfig(epochs=epochs, evaluations=8))
-    return Recipe("tiger", ids=IdsConfig(codes=256 if items > 2_000 else 64), tiger=settings)
+    return Recipe(
+        "tiger",
+        ids=IdsConfig(codes=256 if items > 2_000 else 64),
+        tiger=settings,
+        sasrec=_sasrec(events, items),
+    )
+
+
+def _sasrec(events: int, items: int) -> SasRecConfig:
+    """A few minutes of one core: an epoch costs the events times the catalogue, and what a state costs."""
+    epochs = 1.2e10 / (max(events, 1) * (items + 5_000))
+    training = TrainConfig(
+        epochs=int(min(20, max(1, epochs))), minutes=None if epochs > 0.5 else 5.0, evaluations=4
+    )
+    small = SasRecConfig(width=64, heads=2, hidden=256, train=training)
+    return small if events < 50_000 else SasRecConfig(train=training)
 
 
 def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
@@ -124,7 +144,11 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
         renormalise=False,
     )
     return Recipe(
-        "tiger_paper", ids=IdsConfig(tokenizer="rqvae", behaviour=0.0), tiger=settings, exclude_seen=False
+        "tiger_paper",
+        ids=IdsConfig(tokenizer="rqvae", behaviour=0.0),
+        tiger=settings,
+        sasrec=_sasrec(events, items),
+        exclude_seen=False,
     )
 
 
@@ -299,8 +323,8 @@ def train(
 ) -> Bundle:
     """Two tables → a bundle at `out`, evaluated on the last moment of each user.
 
-    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top).
-    changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
+    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top); a fifth
+    of them are SASRec's.   changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
     Weights are selected on the moment before the last; the test is read once, at the end.
     Raises DataError, ConfigError, StorageError; nothing half-written is left at `out`.
     """
@@ -316,7 +340,8 @@ def train(
         )
     settings = override(recipe(len(split.train), len(catalogue)), changes or {})
     if minutes is not None:
-        settings = override(settings, {"train.minutes": str(minutes)})
+        shares = {"train.minutes": f"{0.8 * minutes}", "sasrec.train.minutes": f"{0.2 * minutes}"}
+        settings = override(settings, shares)
     settings = _mask_rule(settings, log, reporter)
     reporter.say(
         f"{len(split.train):,} events to learn from, {len(split.test):,} users to test on"
@@ -331,6 +356,13 @@ def train(
     count = sum(p.numel() for p in model.network.parameters())
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
+    silent = text.silent and text.behaviour is None
+    dense = SasRec(catalogue.vocabulary, settings.sasrec, vectors=None if silent else vectors)
+    reporter.say(
+        f"{dense.name} with {sum(p.numel() for p in dense.network.parameters()) / 1e6:.1f} M parameters"
+    )
+    (work / "sasrec").mkdir(exist_ok=True)
+    dense.fit(split.train, split.validation, directory=work / "sasrec", report=_bar(reporter))
 
     reporter.say("Fitting the retrievers without training …")
     config = TextConfig(template=settings.text.template or text_template(catalogue))
@@ -347,6 +379,7 @@ def train(
         exclude_seen=bool(settings.exclude_seen),
         recipe=asdict(settings),
         metrics={},
+        others={dense.name: dense},
     )
     reporter.say("Learning how to order what they find …")
     bundle = bundle.with_funnel(
@@ -384,6 +417,55 @@ def train_ranker(
     reporter, out = reporter or Reporter(), Path(out)
     require_free_ranker(out, overwrite)
     log, catalogue = _read(interactions, items, reporter)
+    return _train_ranker(log, catalogue, out, recipe, minutes, changes, reporter)
+
+
+def add_ranker(
+    interactions: Table,
+    items: Table,
+    into: str | Path,
+    recipe: LifelongConfig,
+    *,
+    minutes: float | None = None,
+    changes: Mapping[str, str] | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[Bundle, list[RankingEvaluation]]:
+    """The tables that a bundle was trained on → that bundle with a ranker, which orders the best of its funnel.
+
+    into: a bundle, whose place the new one takes, or a home, in which it is published.
+    The evaluation is the ranker's own; that of the funnel with it stands in the bundle's metrics.
+    minutes, changes: as in `train_ranker`.   Raises DataError for other tables, BundleError, StorageError.
+    """
+    reporter, into = reporter or Reporter(), Path(into)
+    folder = bundle_folder(into)
+    bundle = Bundle.load(folder)
+    log, catalogue = _read(interactions, items, reporter)
+    require_same_log(bundle.histories, HistoryStore.build(log))
+    aside = into.with_name(f".{into.name}.ranker")
+    ranker, found = _train_ranker(log, catalogue, aside, recipe, minutes, changes, reporter)
+    reporter.say("Learning how much the ranker weighs …")
+    told = reporter
+    bundle = bundle.with_ranker(ranker, progress=lambda name, done, n: told.share(name, done / n))
+    for hidden, fusion in bundle.fusions.items():
+        reporter.say(f"seen items {'hidden' if hidden else 'shown'}: its log-odds weigh {fusion.ranker:g}")
+    if folder == into:
+        bundle.save(into)
+        bundle = Bundle.load(into)
+    else:
+        bundle = Bundle.load(publish(bundle, into))
+    shutil.rmtree(aside, ignore_errors=True)
+    return bundle, found
+
+
+def _train_ranker(
+    log: Interactions,
+    catalogue: Items,
+    out: Path,
+    recipe: LifelongConfig,
+    minutes: float | None,
+    changes: Mapping[str, str] | None,
+    reporter: Reporter,
+) -> tuple[LifelongRanker, list[RankingEvaluation]]:
     settings = override(recipe, changes or {})
     if minutes is not None:
         settings = override(settings, {"train.minutes": str(minutes)})

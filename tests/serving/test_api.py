@@ -17,6 +17,7 @@ from tiglon.serving.bundle import Bundle
 from tiglon.serving.changes import Changes
 from tiglon.serving.desk import Settings
 from tiglon.serving.engine import Engine
+from tiglon.serving.messages import RecommendRequest
 from tiglon.serving.publish import publish
 from tiglon.serving.security import add_key
 from tiglon.serving.server import serve
@@ -301,6 +302,52 @@ def test_who_finds_no_room_is_told_to_come_again(bundle_path, working, until, mo
             go.set()
         assert [one.result()[0] for one in asked] == [200, 200]
         assert client.ask("POST", "/v1/recommend", {"user_id": 3})[0] == 200
+
+
+def test_who_waits_together_is_answered_together_and_each_as_alone(bundle_path, working, until, monkeypatch):
+    go, inside, groups = threading.Event(), threading.Event(), []
+    one, many = Engine.recommend, Engine.recommend_many
+
+    def held(self, request):
+        inside.set()
+        go.wait()
+        return one(self, request)
+
+    def counted(self, requests):
+        groups.append(len(requests))
+        return many(self, requests)
+
+    monkeypatch.setattr(Engine, "recommend", held)
+    app = create_app(bundle_path, None, Settings(threads=1))
+    asked = [
+        *({"user_id": user, "k": 5} for user in (1, 2, 4711)),
+        {"user_id": 3, "k": 3, "exclude_seen": False},
+        {"user_id": 4, "deny": [1]},
+        {"user_id": 5, "at_most": {"wibble": 1}},
+    ]
+    with working(app) as client, ThreadPoolExecutor(8) as pool:
+        try:
+            first = pool.submit(client.ask, "POST", "/v1/recommend", {"user_id": 9})
+            assert inside.wait(30)
+            monkeypatch.setattr(Engine, "recommend_many", counted)
+            waiting = [pool.submit(client.ask, "POST", "/v1/recommend", body) for body in asked]
+            until(lambda: app.state.desk._inside == 7)
+        finally:
+            go.set()
+        answers = [one.result() for one in waiting]
+        assert first.result()[0] == 200
+    assert max(groups) == 4  # lists and caps of their own are asked alone
+    engine = Engine(Bundle.load(bundle_path))
+    for body, (status, headers, content) in zip(asked, answers, strict=True):
+        if "at_most" in body:
+            assert (status, content["error"]) == (422, "invalid")
+            continue
+        alone = one(engine, RecommendRequest(**body))
+        assert status == 200
+        assert [i["item_id"] for i in content["items"]] == [i.item_id for i in alone.items]
+        assert content["user_id"] == body["user_id"]
+        assert content["degraded"] == alone.degraded
+        assert headers["X-Request-ID"] == content["request_id"]
 
 
 def test_waiting_is_taken_off_the_budget(bundle_path, working, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -16,8 +17,11 @@ from tiglon.errors import (
     UnknownIdError,
 )
 from tiglon.evaluation.protocol import to_json
+from tiglon.retrieval.neighbours import Repeats
 from tiglon.retrieval.retriever import Retriever
 from tiglon.serving.bundle import Bundle, matching_id
+from tiglon.serving.engine import Engine
+from tiglon.serving.messages import RecommendRequest
 from tiglon.types import Vocabulary
 
 
@@ -35,12 +39,14 @@ def copy(bundle_path, tmp_path):
 # -- answers -----------------------------------------------------------------------------------------------
 
 
-def test_answers_are_those_of_tiger_in_raw_ids(bundle):
-    bundle.tiger.log = bundle.histories
-    expected = bundle.tiger.recommend([3, 7], 5, exclude_seen=True)
-    found = bundle.recommend([3, 7], 5)
-    assert [[(r.item_id, r.score) for r in row] for row in found] == expected
-    assert {r.source for row in found for r in row} == {"tiger"}
+def test_answers_are_those_of_the_engine_in_raw_ids(bundle):
+    engine = Engine(bundle)
+    found = bundle.recommend([3, np.int64(7)], 5)
+    for user, row in zip((3, 7), found, strict=True):
+        expected = engine.recommend(RecommendRequest(user_id=user, k=5)).items
+        assert [(r.item_id, r.source) for r in row] == [(i.item_id, i.source) for i in expected]
+        assert [r.score for r in row] == pytest.approx([i.score for i in expected], abs=1e-4)
+        assert [r.score for r in row] == sorted((r.score for r in row), reverse=True)
 
 
 def test_seen_items_are_hidden_as_the_bundle_was_made_or_as_asked(bundle):
@@ -70,12 +76,17 @@ def test_k_larger_than_the_catalogue_gives_the_catalogue(bundle):
     assert [sorted(r.item_id for r in row) for row in found] == [list(range(40))] * 2
 
 
-def test_where_tiger_finds_too_few_the_neighbours_fill_the_list(bundle, monkeypatch):
-    retrieve = bundle.tiger.retrieve
-    monkeypatch.setattr(bundle.tiger, "retrieve", lambda h, k, **options: retrieve(h, 2, **options))
-    found = bundle.recommend([1], 6)[0]
-    assert [r.source for r in found] == ["tiger"] * 2 + ["text + co-occurrence"] * 4
-    assert len({r.item_id for r in found}) == 6
+def test_the_funnel_asks_what_the_bundle_holds(bundle):
+    names = [retriever.name for retriever in bundle.sources(exclude_seen=True)]
+    assert names == [
+        "popularity",
+        "text neighbours",
+        "co-occurrence",
+        "text + co-occurrence",
+        "tiger",
+        "sasrec",
+    ]
+    assert list(bundle.others) == bundle.manifest["retrievers"] == ["sasrec"]
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5])
@@ -138,23 +149,40 @@ def test_new_items_are_recommended_at_once_and_old_ids_stay(bundle):
     assert len(bundle.items) == len(bundle.tiger.trie) == 40
 
 
-def test_new_items_enter_beside_their_likes_up_to_their_share(bundle):
+def test_new_items_enter_behind_their_likes_up_to_their_share(bundle):
     later = bundle.add_items(newcomers(bundle))
     plain = [r.item_id for r in bundle.recommend([1], 10, exclude_seen=False)[0]]
-    assert [
-        r.item_id for r in later.recommend([1], 10, exclude_seen=False, new_share=0.0)[0] if r.item_id < 40
-    ]
-    mixed = [r.item_id for r in later.recommend([1], 10, exclude_seen=False, new_share=0.1)[0]]
-    assert sum(item >= 500 for item in mixed) <= 1
-    assert len(set(mixed)) == 10 and [i for i in mixed if i < 40][:5] == plain[:5]  # noqa: PT018
+    mixed = later.recommend([1], 10, exclude_seen=False)[0]
+    assert sum(r.source == "new item" for r in mixed) <= 1
+    assert len({r.item_id for r in mixed}) == 10
+    assert len({r.item_id for r in mixed if r.item_id < 40} & set(plain)) >= 7
 
 
-def test_a_new_item_in_a_history_does_not_disturb_the_neighbours(bundle, monkeypatch):
+def test_a_new_item_in_a_history_is_read_by_every_retriever(bundle):
     later = bundle.add_items(newcomers(bundle))
-    retrieve = later.tiger.retrieve
-    monkeypatch.setattr(later.tiger, "retrieve", lambda h, k, **options: retrieve(h, 1, **options))
-    sources = {r.source for r in later.recommend(history=[[500, 3]], k=3)[0]}
-    assert sources == {"tiger", "text + co-occurrence"}
+    (alone,) = later.recommend(history=[[500]], k=10)
+    assert len(alone) == 10
+    assert 500 not in {r.item_id for r in alone}
+    assert {r.item_id for r in alone} != {r.item_id for r in later.recommend(history=[[]], k=10)[0]}
+
+
+class Grown(Repeats):
+    """A retriever that new items can join."""
+
+    name = "grown"
+
+    def add_items(self, items, vectors):
+        self.items, self.joined = items, vectors
+
+
+def test_new_items_join_every_retriever_that_takes_them(bundle):
+    other = Grown()
+    other.items, other.counts = bundle.items.vocabulary, bundle.popularity.counts
+    whole = dataclasses.replace(bundle, others={"grown": other})
+    later = whole.add_items(newcomers(bundle))
+    assert later.others["grown"].items == later.items.vocabulary
+    assert np.array_equal(later.others["grown"].joined, later.vectors[40:])
+    assert other.items == bundle.items.vocabulary  # the one before is as it was
 
 
 def test_items_that_are_known_already_change_nothing(bundle):
@@ -224,6 +252,24 @@ def test_every_damaged_file_is_named(copy):
             Bundle.load(copy)
         file.write_bytes(whole)
     Bundle.load(copy)
+
+
+def test_a_retriever_that_could_not_be_read_again_is_not_saved(bundle, tmp_path):
+    whole = dataclasses.replace(bundle, others={"grown": Grown()})
+    with pytest.raises(ConfigError) as error:
+        whole.save(tmp_path / "whole")
+    assert str(error.value).startswith(
+        "the retriever 'grown', a Grown. A bundle keeps what it can read again: "
+    )
+    assert str(error.value).endswith("Enter its load into tiglon.serving.bundle.READERS.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_retriever_of_a_kind_that_is_not_known_asks_for_a_newer_tiglon(bundle, tmp_path, monkeypatch):
+    bundle.save(tmp_path / "b")
+    monkeypatch.setattr("tiglon.serving.bundle.READERS", {})
+    with pytest.raises(BundleVersionError, match=r"a retriever of the kind SasRec in .*Update Tiglon"):
+        Bundle.load(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

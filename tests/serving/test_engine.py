@@ -5,15 +5,21 @@ import threading
 import time
 
 import numpy as np
+import polars as pl
 import pytest
 
 from tiglon.data.features import fit
+from tiglon.data.histories import HistoryStore
 from tiglon.data.ranking import BasketConfig, next_basket
+from tiglon.data.split import leave_last_out
 from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, UnknownIdError
+from tiglon.evaluation.protocol import evaluate
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.recipes import ranking_schema
-from tiglon.serving.bundle import Bundle
+from tiglon.serving.bundle import Bundle, require_same_log
 from tiglon.serving.engine import Engine
+from tiglon.serving.funnel import weigh
+from tiglon.serving.lifelong import Lifelong
 from tiglon.serving.messages import (
     EventsRequest,
     ItemsRequest,
@@ -512,6 +518,82 @@ def test_the_ranker_reads_new_events_new_items_and_strangers(bundle, ranker, tmp
     engine.pace["ranker"] = 100.0
     assert ask(engine, user_id=3, budget_ms=1000).degraded == ["ranker skipped: time budget"]
     state.close()
+
+
+def test_many_lives_at_once_are_read_as_each_alone(bundle, ranker):
+    reader = Lifelong(ranker, bundle.items.vocabulary)
+    lives = bundle.histories.before([3, -1, 7])
+    item = np.array([5, 1, 2, 30, 4, 4])
+    together = reader.log_odds(lives, np.array([0, 3, 3, 6]), item)
+    for b, rows in ((0, slice(0, 3)), (2, slice(3, 6))):
+        alone = reader.log_odds(lives.take(slice(b, b + 1)), np.array([0, 3]), item[rows])
+        assert together[rows] == pytest.approx(alone, abs=1e-4)
+
+
+def test_cross_features_are_those_of_the_training_as_far_as_the_life_is_the_same(bundle):
+    log = bundle.log()
+    log = dataclasses.replace(log, extra=pl.DataFrame({"stars": np.arange(len(log)) % 5}))
+    features = fit(ranking_schema(bundle.items, log), bundle.items, log)
+    store = features.store(log)
+    counts = np.bincount(log.item, minlength=40)
+    task = next_basket(log, features, counts, np.ones(len(log), bool), BasketConfig(first=1), store=store)
+    reader = Lifelong(LifelongRanker.of(task, LifelongConfig(long="twin")), bundle.items.vocabulary)
+    whole = bundle.histories.before([3])
+    (column,) = (store.before([3]).features[name] for name in store.features if "stars" in name)
+    n = len(whole.item)
+    earlier = whole.take(slice(0, 1))
+    earlier = dataclasses.replace(
+        earlier, offsets=np.array([0, n - 2]), item=whole.item[: n - 2], time=whole.time[: n - 2]
+    )
+    later = dataclasses.replace(
+        whole,
+        offsets=np.array([0, n + 1]),
+        item=np.append(whole.item, 1),
+        time=np.append(whole.time, whole.time[-1] + 5),
+    )
+    other = dataclasses.replace(whole, time=np.append(whole.time[:2], whole.time[2:] + 1))
+    for life, known in ((whole, n), (earlier, n - 2), (later, n), (other, 2)):
+        task = reader._task(life, np.array([0, 1]), np.array([5]))
+        (found,) = (task.store.features[name] for name in task.store.features if "stars" in name)
+        assert np.array_equal(found[:known], column[:known])
+        assert not found[known:].any()
+
+
+def test_a_ranker_weighs_what_the_validation_gives_it(bundle, ranker):
+    whole = bundle.with_ranker(ranker)
+    validation = leave_last_out(bundle.log()).validation
+    for hidden in (True, False):
+        assert np.array_equal(whole.fusions[hidden].weight, bundle.fusions[hidden].weight)
+        _, found = weigh(whole.funnel(hidden), validation, exclude_seen=hidden)
+        assert found[whole.fusions[hidden].ranker] == max(found.values())
+        plain = evaluate(bundle.funnel(hidden), validation, exclude_seen=hidden)
+        assert found[0.0] == pytest.approx(plain.metrics["ndcg@10"], abs=1e-6)
+    names = [row["name"] for row in whole.metrics["rows"]]
+    assert names == [row["name"] for row in bundle.metrics["rows"]]
+    assert whole.metrics["rows"][:-1] == bundle.metrics["rows"][:-1]
+    again = evaluate(whole.funnel(True), leave_last_out(bundle.log()).test)
+    assert whole.metrics["rows"][-1]["ndcg@10"] == pytest.approx(again.metrics["ndcg@10"])
+
+
+def test_a_ranker_without_weight_is_not_asked(bundle, ranker, engine):
+    silent = {hidden: dataclasses.replace(f, ranker=0.0) for hidden, f in bundle.fusions.items()}
+    told = []
+    whole = dataclasses.replace(bundle, ranker=ranker, fusions=silent)
+    asked = ask(Engine(whole, on_stage=lambda name, _: told.append(name)), user_id=3, k=3, explain=True)
+    assert ids(asked) == ids(ask(engine, user_id=3, k=3))
+    assert "ranker" not in told
+    assert not asked.items[0].reasons.attended
+
+
+def test_a_ranker_of_another_log_is_refused(bundle, ranker):
+    log = bundle.histories
+    other = HistoryStore(log.users, log.items, log.offsets, log.item, np.asarray(log.time) + 1)
+    with pytest.raises(DataError) as error:
+        require_same_log(other, ranker.histories)
+    assert str(error.value).startswith(
+        f"a ranker's log of {len(log.item):,} events, which is not the bundle's"
+    )
+    assert str(error.value).endswith("Train the ranker on the tables that the bundle was trained on.")
 
 
 def test_a_bundle_carries_its_ranker(bundle, ranker, tmp_path):

@@ -65,6 +65,7 @@ class Prefixes(nn.Module):
             with torch.no_grad():  # at first, products are those of the item vectors
                 self.project.copy_(torch.from_numpy(principal_axes(content, width)))
         self._vectors: list[Tensor] = []  # of the parameters as they are; a list, as it is no state
+        self._pairs: list[Tensor] = []  # the same
 
     # -- vectors -------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class Prefixes(nn.Module):
 
     def forget(self) -> None:
         """The parameters changed."""
-        self._vectors = []
+        self._vectors, self._pairs = [], []
 
     def vectors(self) -> Tensor:
         """(R, D) own vectors with content; those of the last position's code are not in them."""
@@ -90,6 +91,15 @@ class Prefixes(nn.Module):
                 own = own + self.projected
             self._vectors = [own.float()]
         return self._vectors[0]
+
+    def pairs(self) -> Tensor:
+        """(P, D) vectors of the first two codes together, of each pair that exists."""
+        if not self._pairs:
+            vectors, keys = self.vectors(), self.keys[0]
+            first, second = keys // self.sizes[1], keys % self.sizes[1]
+            pairs = F.embedding(first, vectors) + F.embedding(self.rows[0], vectors) + self.code(second)
+            self._pairs = [pairs]
+        return self._pairs[0]
 
     def nodes(self, codes: Tensor) -> Tensor:
         """(…, s) codes → (…, s) rows of their prefixes; 0 where no trained item has it."""
@@ -140,13 +150,12 @@ class Prefixes(nn.Module):
         With these, p(c_1)·p(c_2 | c_1) is one softmax over all pairs: a first code is as likely as the
         items below it make it, rather than as their mean vector does. One without pairs has its own product.
         """
-        vectors, keys = self.vectors(), self.keys[0]
-        first, second = keys // self.sizes[1], keys % self.sizes[1]
-        pairs = F.embedding(first, vectors) + F.embedding(self.rows[0], vectors) + self.code(second)
-        logits = (x_TD @ pairs.T).float()
+        vectors = self.vectors()
+        logits = (x_TD @ self.pairs().T).float()
         top = logits.amax(dim=-1, keepdim=True)
         alone = (x_TD @ vectors[1 : 1 + self.sizes[0]].T).float()
-        mass = torch.zeros_like(alone).index_add(-1, first - 1, (logits - top).exp())
+        first = self.keys[0] // self.sizes[1] - 1
+        mass = torch.zeros_like(alone).index_add(-1, first, (logits - top).exp())
         return torch.where(mass > 0, mass.clamp(min=1e-30).log() + top, alone)
 
     # -- items that arrive later -----------------------------------------------------------------

@@ -220,7 +220,7 @@ async def recommend(
 ) -> Response:
     """The k best items for a user, or for a history."""
     now.take(asked.request_id)
-    return await desk.answer(now, lambda engine: engine.recommend(desk.prepared(asked, now)))
+    return await desk.recommend(now, asked)
 
 
 @v1.post("/recommend/batch", response_model=RecommendBatchResponse, dependencies=[READ])

@@ -3,6 +3,7 @@
     manifest.json                   format, version, recipe, schema; size and sha256 of every file below
     tiger/                          network, semantic IDs
     neighbours/ popularity/ repeats/    retrievers without training: baselines, and what answers in need
+    retrievers/NAME/                whatever else the funnel asks, such as SASRec
     funnel/                         how what they find becomes one list
     ranker/                         a lifelong ranker, where there is one
     histories/                      every user's life, memory-mapped
@@ -14,8 +15,7 @@
 It is written aside, flushed to the disk and renamed: a reader sees the old bundle or the new one. Nothing
 in it is a pickle.
 
-Who answers. The engine (`serving.engine`) asks all of them. `Bundle.recommend` asks TIGER alone, where the history holds an item of the catalogue; if it finds fewer than k, the
-neighbours of the history fill the list; a user without a history gets what is popular. `source` says which.
+Who answers. The engine (`serving.engine`) asks all of them; `Bundle.recommend` asks the engine.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -49,11 +50,12 @@ from tiglon.errors import (
     StorageError,
     UnknownIdError,
 )
-from tiglon.evaluation.protocol import Evaluation, evaluate
+from tiglon.evaluation.protocol import Evaluation, evaluate, to_json
 from tiglon.ranking.model import LifelongRanker
 from tiglon.retrieval.behaviour import BehaviourVectors
-from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
+from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.sasrec import SasRec
 from tiglon.retrieval.tiger import Tiger
 from tiglon.semantic_ids import tokenizer as tokenizers
 from tiglon.semantic_ids.random_ids import RandomIds
@@ -61,14 +63,23 @@ from tiglon.semantic_ids.report import IdReport, report
 from tiglon.semantic_ids.tokenizer import Tokenizer
 from tiglon.serving import funnel as funnels
 from tiglon.serving.funnel import Funnel, FunnelConfig, Fusion
-from tiglon.types import MISSING, Histories, Interactions, Items, Targets, Vocabulary
+from tiglon.serving.lifelong import Lifelong
+from tiglon.types import MISSING, Interactions, Items, Targets, Vocabulary
+
+if TYPE_CHECKING:
+    from tiglon.serving.engine import Engine
 
 FORMAT = 1
+
+# Retrievers beside TIGER and the baselines: the class that retriever.json names → who reads the folder.
+READERS: dict[str, Callable[[Path], Retriever]] = {
+    "SasRec": SasRec.load,
+}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A raw item id. Scores of one source compare; those of two sources do not."""
+    """A raw item id. Scores compare within one answer; `source` placed it highest."""
 
     item_id: Any
     score: float
@@ -162,9 +173,10 @@ class Bundle:
     exclude_seen: bool
     recipe: dict[str, Any]
     metrics: dict[str, Any]
-    fusions: dict[bool, Fusion] = field(default_factory=dict)  # by whether seen items are hidden
+    fusions: Mapping[bool, Fusion] = field(default_factory=dict)  # by whether seen items are hidden
     funnel_config: FunnelConfig = field(default_factory=FunnelConfig)
     ranker: LifelongRanker | None = None
+    others: Mapping[str, Retriever] = field(default_factory=dict)  # by name: what else the funnel asks
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -185,50 +197,34 @@ class Bundle:
         *,
         history: Sequence[Sequence[Any]] | None = None,
         exclude_seen: bool | None = None,
-        new_share: float = 0.0,
     ) -> list[list[Recommendation]]:
-        """The k best items for each user, fewer where the catalogue has fewer.
+        """The k best items for each user, fewer where the catalogue has fewer: what `Engine` answers.
 
         users: raw ids, whose stored lives are read; of a user who is not there nothing is known.
         history: instead of `users`, lists of raw item ids, oldest first; unknown items are skipped.
         exclude_seen: never an item of the history; None: as the bundle was made.
-        new_share: room for items that came after training beside their likes, TIGER's ε.
         """
+        from tiglon.serving.messages import RecommendRequest
+
         require_k(k)
         if history is not None:
-            dense = [self.items.vocabulary.encode(list(given)) for given in history]
-            histories = Histories.of([found[found != MISSING] for found in dense])
+            asked: list[dict[str, Any]] = [{"history": [_plain(i) for i in items]} for items in history]
         elif users is not None:
-            histories = self.histories.before(self.histories.users.encode(list(users)))
+            asked = [{"user_id": _plain(user)} for user in users]
         else:
             raise ConfigError("neither users nor a history", fix="Pass users=[…] or history=[[item ids], …]")
-        mask = self.exclude_seen if exclude_seen is None else exclude_seen
-        found = self.tiger.retrieve(histories, k, exclude_seen=mask)
-        if new_share:
-            found = self.tiger.with_unseen(found, new_share)
-        answers = []
-        for b, (item, score) in enumerate(zip(found.item, found.score, strict=True)):
-            own = histories.take(slice(b, b + 1))
-            row = [] if not len(own.item) else self._named(item, score, self.tiger.name)
-            if len(row) < min(k, len(self.tiger.trie)):
-                row = self._filled(row, own, k, mask)
-            answers.append(row)
-        return answers
+        # Not validated: who asks from Python may ask for more than one request over HTTP may.
+        requests = [RecommendRequest.model_construct(k=k, exclude_seen=exclude_seen, **who) for who in asked]
+        return [
+            [Recommendation(found.item_id, found.score, found.source) for found in answer.items]
+            for answer in self._engine.recommend_many(requests)
+        ]
 
-    def _filled(self, row: list[Recommendation], own: Histories, k: int, mask: bool) -> list[Recommendation]:
-        """The row with what the neighbours, or without a history popularity, add to it."""
-        known = own.item < len(self.neighbours.items)  # items that came later have no neighbours yet
-        reached = Histories(np.array([0, known.sum()]), own.item[known], own.time[known])
-        helper: CatalogueScorer = self.neighbours if len(reached.item) else self.popularity
-        found = helper.retrieve(reached, k + len(row), exclude_seen=mask)
-        alive = found.item[0][self.tiger.ids.alive[found.item[0]]]
-        have = {r.item_id for r in row}
-        more = self._named(alive, found.score[0], helper.name)
-        return row + [r for r in more if r.item_id not in have][: k - len(row)]
+    @cached_property
+    def _engine(self) -> Engine:
+        from tiglon.serving.engine import Engine
 
-    def _named(self, item: np.ndarray, score: np.ndarray, source: str) -> list[Recommendation]:
-        raw = self.items.vocabulary.decode(item[item != MISSING])
-        return [Recommendation(i, float(s), source) for i, s in zip(raw, score, strict=False)]
+        return Engine(self)
 
     def retrievers(self, exclude_seen: bool) -> Iterator[Retriever]:
         """What the funnel asks, and the funnel where it has learned."""
@@ -239,7 +235,7 @@ class Bundle:
     def sources(self, exclude_seen: bool) -> list[Retriever]:
         """What the funnel asks: baselines first, popularity the first; `repeats` only where it may repeat."""
         baselines = [self.popularity, self.neighbours.text, self.neighbours.together, self.neighbours]
-        return [*baselines, *([] if exclude_seen else [self.repeats]), self.tiger]
+        return [*baselines, *([] if exclude_seen else [self.repeats]), self.tiger, *self.others.values()]
 
     def funnel(self, exclude_seen: bool) -> Funnel:
         """All sources as one retriever; where it has learned nothing, their places count alike."""
@@ -248,7 +244,13 @@ class Bundle:
             self.popularity.counts,
             self.fusions.get(exclude_seen),
             self.funnel_config,
+            self.lifelong,
         )
+
+    @cached_property
+    def lifelong(self) -> Lifelong | None:
+        """The ranker as the funnel asks it."""
+        return None if self.ranker is None else Lifelong(self.ranker, self.items.vocabulary)
 
     def with_funnel(
         self,
@@ -274,6 +276,45 @@ class Bundle:
                 self.sources(hidden), self.popularity.counts, targets, c, exclude_seen=hidden, progress=tell
             )
         return replace(self, fusions=fusions, funnel_config=c, manifest={}, path=None)
+
+    def with_ranker(
+        self,
+        ranker: LifelongRanker,
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Bundle:
+        """With a lifelong ranker, which learned from the training moments of this bundle's own log.
+
+        How much it weighs is chosen on the validation, once with seen items hidden, once shown; the funnel's
+        row of the evaluation is measured anew.   progress: as in `with_funnel`.
+        Raises DataError for a ranker of another log: it may have learned what the validation asks for.
+        """
+        require_same_log(self.histories, ranker.histories)
+        bundle = replace(self, ranker=ranker, manifest={}, path=None)
+        parts = leave_last_out(self.log())
+        fusions = {}
+        for hidden in (True, False):
+
+            def tell(done: int, users: int, hidden: bool = hidden) -> None:
+                if progress is not None:
+                    progress(f"ranker, seen items {'hidden' if hidden else 'shown'}", done, users)
+
+            funnel = bundle.funnel(hidden)
+            fusions[hidden], _ = funnels.weigh(funnel, parts.validation, exclude_seen=hidden, progress=tell)
+        bundle = replace(bundle, fusions=fusions)
+        funnel = bundle.funnel(self.exclude_seen)
+        tested = evaluate(
+            funnel,
+            parts.test,
+            exclude_seen=self.exclude_seen,
+            popularity=np.bincount(parts.train.item, minlength=len(funnel.items)),
+            progress=None
+            if progress is None
+            else lambda done, users: progress("testing funnel", done, users),
+        )
+        (row,) = to_json([tested], "test")["rows"]
+        rows = [old for old in self.metrics.get("rows", []) if old["name"] != funnel.name]
+        return replace(bundle, metrics={**self.metrics, "rows": [*rows, row]})
 
     def evaluate(
         self,
@@ -313,8 +354,8 @@ class Bundle:
         """With the items of a table that are new; they can be recommended at once.
 
         Their IDs and their vectors come from the frozen tokenizer and encoder; those of known items, and what
-        the network learned, stay as they are, and so do the neighbours: they know the items of the training only. Items that are known already
-        are left alone. Raises SchemaError, CapacityError.
+        networks learned, stay as they are, and so do the neighbours: they know the items of the training only.
+        Items that are known already are left alone. Raises SchemaError, CapacityError.
         """
         given = read_items(source)
         old = self.items
@@ -332,7 +373,8 @@ class Bundle:
         codes = codes_of(self.tokenizer, vectors, arrivals.vocabulary)
         model.add_items(joined.vocabulary, codes, vectors)
         both = np.concatenate([self.vectors, vectors])
-        return replace(self, items=joined, tiger=model, vectors=both, manifest={}, path=None)
+        others = {name: _joined(other, joined.vocabulary, vectors) for name, other in self.others.items()}
+        return replace(self, items=joined, tiger=model, others=others, vectors=both, manifest={}, path=None)
 
     def remove_items(self, items: np.ndarray) -> Bundle:
         """Without these dense items in any answer; their IDs are not given to others."""
@@ -368,6 +410,14 @@ class Bundle:
         self.neighbours.save(aside / "neighbours")
         self.popularity.save(aside / "popularity")
         self.repeats.save(aside / "repeats")
+        for name, other in self.others.items():
+            if not isinstance(other, Saving) or type(other).__name__ not in READERS:
+                raise ConfigError(
+                    f"the retriever '{name}', a {type(other).__name__}",
+                    rule=f"A bundle keeps what it can read again: {', '.join(READERS)}",
+                    fix="Enter its load into tiglon.serving.bundle.READERS",
+                )
+            other.save(aside / "retrievers" / name)
         self.histories.save(aside / "histories")
         self.items.table.write_parquet(aside / "items.parquet")
         self.text.save(aside / "text")
@@ -385,6 +435,7 @@ class Bundle:
             "tiglon": tiglon.__version__,
             "recipe": self.recipe,
             "exclude_seen": self.exclude_seen,
+            "retrievers": list(self.others),
             "ids": {"version": self.tiger.ids.version, "parent": self.tiger.ids.parent},
             "data": {
                 "events": len(self.histories.item),
@@ -421,6 +472,7 @@ class Bundle:
                 fusions=fusions,
                 funnel_config=funnel_config,
                 ranker=LifelongRanker.load(path / "ranker") if (path / "ranker").is_dir() else None,
+                others={n: _retriever(path / "retrievers" / n) for n in manifest.get("retrievers", [])},
                 manifest=manifest,
                 path=path,
             )
@@ -433,9 +485,62 @@ class Bundle:
         return bundle
 
 
+@runtime_checkable
+class Saving(Protocol):
+    """A retriever that writes a folder, whose retriever.json names its class."""
+
+    def save(self, directory: str | Path) -> None: ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A retriever that new items can join by their content."""
+
+    def add_items(self, items: Vocabulary, vectors: np.ndarray) -> None:
+        """items: the whole new vocabulary, old ids first.   vectors: (M, C) of the new ones."""
+        ...
+
+
+def _plain(value: Any) -> Any:
+    """An id as Python has it."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _joined(retriever: Retriever, items: Vocabulary, vectors: np.ndarray) -> Retriever:
+    """The retriever with new items, or as it is: the funnel then reads their likes in their place."""
+    if not isinstance(retriever, Growing):
+        return retriever
+    shared = (retriever.log, retriever.items)  # never changed; all else is copied, for requests still read it
+    grown = copy.deepcopy(retriever, {id(part): part for part in shared})
+    grown.add_items(items, vectors)
+    return grown
+
+
+def _retriever(folder: Path) -> Retriever:
+    kind = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))["kind"]
+    if kind not in READERS:
+        raise BundleVersionError(
+            f"a retriever of the kind {kind} in {folder}",
+            rule=f"This is Tiglon {tiglon.__version__}, which reads {', '.join(READERS)}",
+            fix="Update Tiglon: pip install --upgrade tiglon",
+        )
+    return READERS[kind](folder)
+
+
 def is_bundle(path: str | Path) -> bool:
     """Whether a folder says of itself that it is one."""
     return (Path(path) / "manifest.json").is_file()
+
+
+def require_same_log(bundle: HistoryStore, ranker: HistoryStore) -> None:
+    """DataError where a ranker's log is not the bundle's."""
+    same = bundle.users == ranker.users and bundle.items == ranker.items
+    if not (same and np.array_equal(bundle.item, ranker.item) and np.array_equal(bundle.time, ranker.time)):
+        raise DataError(
+            f"a ranker's log of {len(ranker.item):,} events, which is not the bundle's, of {len(bundle.item):,}",
+            rule="Both learn from one log, so that the moments that weigh the ranker are new to it",
+            fix="Train the ranker on the tables that the bundle was trained on",
+        )
 
 
 def require_free(path: Path, overwrite: bool) -> None:

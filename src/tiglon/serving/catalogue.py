@@ -20,6 +20,7 @@ from tiglon.errors import DataError, SchemaError, did_you_mean
 from tiglon.retrieval.topk import tie_order
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.funnel import Funnel
+from tiglon.serving.remembered import Remembered
 from tiglon.types import MISSING, Items, Vocabulary
 
 _TEXT = 200  # characters shown of an item
@@ -82,6 +83,11 @@ class Catalogue:
     def funnels(self) -> dict[bool, Funnel]:
         """By whether seen items are hidden."""
         return {hidden: self.bundle.funnel(hidden) for hidden in (True, False)}
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """What slow retrievers answered since this moment of the catalogue began."""
+        return Remembered()
 
     @cached_property
     def popular(self) -> np.ndarray:

@@ -1,15 +1,18 @@
 """From a request to the engine: strict JSON in, a thread to work in, the time that is left, JSON out.
 
 A worker answers `threads` requests at once and lets `waiting` more wait; others are refused, because a queue
-that grows serves nobody. What a request waited is taken off its budget.
+that grows serves nobody. What a request waited is taken off its budget. Recommendations that wait together are
+answered together, which costs each a fraction: nobody waits for company, but who waits has it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +22,10 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from tiglon.errors import ConfigError, TiglonError
-from tiglon.serving.engine import Engine
+from tiglon.serving.engine import Engine, shares_work
 from tiglon.serving.gate import Asking
 from tiglon.serving.live import Live
-from tiglon.serving.messages import Asked, Message
+from tiglon.serving.messages import Asked, Message, RecommendRequest
 from tiglon.serving.metrics import Metrics
 
 M = TypeVar("M", bound=Message)
@@ -47,6 +50,9 @@ class Settings:
             raise ConfigError(f"poll_seconds={self.poll_seconds}", rule="poll_seconds is above 0")
 
 
+TOGETHER = 16  # recommendations that are answered at once
+
+
 class Overloaded(TiglonError):
     """More requests are inside than may wait."""
 
@@ -59,12 +65,54 @@ class Desk:
         self._pool = ThreadPoolExecutor(settings.threads, "tiglon")
         self._most = settings.threads + settings.waiting
         self._inside = 0
+        self._line: deque[tuple[RecommendRequest, Future[Message]]] = deque()
 
     async def answer(self, asking: Asking, work: Callable[[Engine], Message]) -> Response:
         """The answer of the engine of this moment, and of no other. Raises Overloaded."""
 
+        return await self._inside_bounds(asking, lambda: work(self.live.engine))
+
+    async def recommend(self, asking: Asking, asked: RecommendRequest) -> Response:
+        """The same for a recommendation, beside others that wait."""
+        request = self.prepared(asked, asking)
+        if not shares_work(request):
+            return await self.answer(asking, lambda engine: engine.recommend(request))
+        mine: Future[Message] = Future()
+
+        def answered() -> Message:
+            self._answer_some()
+            return mine.result()  # another thread may have taken it
+
+        self._line.append((request, mine))
+        try:
+            return await self._inside_bounds(asking, answered)
+        except Overloaded:
+            with suppress(ValueError):
+                self._line.remove((request, mine))
+            raise
+
+    def _answer_some(self) -> None:
+        """Answer those who are first in line. There are as many calls of this as requests in it."""
+        some: list[tuple[RecommendRequest, Future[Message]]] = []
+        with suppress(IndexError):
+            while len(some) < TOGETHER:
+                some.append(self._line.popleft())
+        engine = self.live.engine
+        if len(some) > 1:
+            with suppress(Exception):  # of one of them; below each is told its own
+                found = engine.recommend_many([request for request, _ in some])
+                for (_, its), message in zip(some, found, strict=True):
+                    its.set_result(message)
+                return
+        for request, its in some:
+            try:
+                its.set_result(engine.recommend(request))
+            except Exception as error:
+                its.set_exception(error)
+
+    async def _inside_bounds(self, asking: Asking, work: Callable[[], Message]) -> Response:
         def answered() -> tuple[Message, str]:
-            message = work(self.live.engine)
+            message = work()
             return message, message.model_dump_json()
 
         if self._inside >= self._most:

@@ -1,6 +1,6 @@
 """Requests in, answers out, with reasons.
 
-    life ─▶ retrievers ─▶ pool ─▶ fusion ─▶ (lifelong ranker) ─▶ rules ─▶ answer
+    life ─▶ retrievers ─▶ pool ─▶ fusion ─▶ (lifelong ranker) ─▶ (language model) ─▶ rules ─▶ answer
 
     engine = Engine(Bundle.load("runs/first"), LmdbState("runs/state"))
     engine.recommend(RecommendRequest(user_id=7, k=5))
@@ -17,8 +17,8 @@ New items. A retriever that was fitted before an item came knows nothing of it. 
 whose vector is nearest in its place; and in an answer a new item stands right behind that nearest item, one in
 ten at most, but at least one. TIGER writes the IDs of new items by itself.
 
-Time. With a budget, TIGER and the ranker are left out when what they usually take does not fit into what is
-left of it: the neighbours answer alone.
+Time. With a budget, TIGER, the ranker and the language model are left out when what they usually take does not
+fit into what is left of it: the neighbours answer alone.
 
 Threads. A request keeps the catalogue that it began with; a change makes the next one.
 """
@@ -37,13 +37,21 @@ import numpy as np
 import polars as pl
 import polars.selectors as cs
 
-from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, UnknownIdError, did_you_mean
+from tiglon.errors import (
+    ConfigError,
+    DataError,
+    LanguageModelError,
+    SchemaError,
+    StorageError,
+    UnknownIdError,
+    did_you_mean,
+)
+from tiglon.llm.recommender import Listwise, Pointwise
 from tiglon.ranking.model import LifelongRanker
 from tiglon.retrieval.neighbours import CatalogueScorer
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.catalogue import Catalogue
 from tiglon.serving.funnel import Funnel, Pool, best_first, features, gather
-from tiglon.serving.lifelong import Lifelong
 from tiglon.serving.messages import (
     Asked,
     Attention,
@@ -78,7 +86,7 @@ from tiglon.serving.tree import beam_of, node_of
 from tiglon.types import MISSING, Histories
 
 NEW_SHARE = 10  # behind its like, one new item in so many of a list
-RANKED = 50  # candidates that the lifelong ranker reads, the best of the fusion
+RERANKED = 20  # candidates that a language model reads
 STATE_DOWN = "state down: only what the bundle holds was read"
 
 
@@ -93,6 +101,7 @@ class _Asking:
     pool: Pool | None = None
     features: np.ndarray | None = None  # (T, F)
     score: np.ndarray = field(default_factory=lambda: np.empty(0))  # (T,)
+    moved: float | np.ndarray = 0.0  # (T,) what of the score is the language model's
 
     @property
     def stranger(self) -> bool:
@@ -104,6 +113,7 @@ class Engine:
 
     state: what users did since; None: only the bundle's own lives, and no events are taken.
     ranker: orders the best of the funnel anew; None: the bundle's, if it has one.
+    reranker: a language model that orders the first 20 of that anew, within the time it has; None: none.
     on_stage: told the seconds of each stage, by its name.
     """
 
@@ -113,14 +123,13 @@ class Engine:
         state: State | None = None,
         ranker: LifelongRanker | None = None,
         on_stage: Callable[[str, float], None] = lambda name, seconds: None,
+        reranker: Listwise | Pointwise | None = None,
     ) -> None:
-        self.state = state
+        self.state, self._reranker = state, reranker
         self.pace: dict[str, float] = {}  # stage → seconds that it usually takes
         self._on_stage = on_stage
-        self._catalogue = Catalogue(bundle)
+        self._catalogue = Catalogue(bundle if ranker is None else replace(bundle, ranker=ranker))
         self._change = threading.Lock()
-        ranker = ranker or bundle.ranker
-        self._lifelong = None if ranker is None else Lifelong(ranker, bundle.items.vocabulary)
 
     @property
     def bundle(self) -> Bundle:
@@ -171,37 +180,47 @@ class Engine:
             exclude_seen=hidden,
             stand_in=stand_in,
             skip=skip,
-            spent=self._spent,
+            spent=lambda name, seconds: self._spent(name, seconds, len(askings)),
+            remembered=now.remembered,
             **rules,
         )
         began = time.perf_counter()
         values = features(pool, lives, funnel.popularity)
         score = pool.score[:, 0] if stranger else funnel.fusion.score(values)
+        score = np.nan_to_num(score)
+        self._spent("fusion", time.perf_counter() - began, len(askings))
+        if funnel.asks_ranker and not stranger and not self._too_slow("ranker", askings[0]):
+            began = time.perf_counter()
+            score = funnel.reranked(pool, score, lives)
+            self._spent("ranker", time.perf_counter() - began, len(askings))
         for b, asking in enumerate(askings):
             rows = slice(pool.offsets[b], pool.offsets[b + 1])
             asking.pool, asking.features = pool.only(b), values[rows]
-            asking.score = np.nan_to_num(score[rows])
-        self._spent("fusion", time.perf_counter() - began)
-        if self._lifelong is not None and not stranger:
-            for asking in askings:
-                self._rank_lifelong(self._lifelong, asking)
-
-    def _rank_lifelong(self, lifelong: Lifelong, asking: _Asking) -> None:
-        """Add the ranker's log-odds to the scores of the best; the others stay behind them."""
-        assert asking.pool is not None
-        if self._too_slow("ranker", asking):
-            return
-        began = time.perf_counter()
-        best = best_first(asking.pool, asking.score)[:RANKED]
-        odds = lifelong.log_odds(asking.request.user_id, asking.life, asking.pool.item[best])
-        asking.score = asking.score.copy()
-        asking.score[best] += odds - odds.min(initial=0)  # never less, so that the others stay behind
-        self._spent("ranker", time.perf_counter() - began)
+            asking.score = score[rows]
 
     def _skipped(self, funnel: Funnel, asking: _Asking) -> set[str]:
         """Retrievers that do not fit into the budget; those without training always do."""
         slow = [r.name for r in funnel.retrievers if not isinstance(r, CatalogueScorer)]
         return {name for name in slow if self._too_slow(name, asking)}
+
+    def _rerank(self, now: Catalogue, asking: _Asking) -> None:
+        """Give the scores of the first to the items in the order of the language model."""
+        pool, stage, left = asking.pool, "language model", self._left(asking)
+        if self._reranker is None or pool is None or asking.stranger or self._too_slow(stage, asking):
+            return
+        best = best_first(pool, asking.score)[:RERANKED]
+        began = time.perf_counter()
+        try:
+            life, items = now.describe(asking.life.item[-RERANKED:]), now.describe(pool.item[best])
+            order = self._reranker.rank(life, items, None if left == np.inf else left).order
+        except (LanguageModelError, StorageError, DataError):
+            asking.degraded.append(f"{stage} skipped: no answer of use in time")
+        else:
+            falling = asking.score[best] - 1e-6 * np.arange(len(best))  # equal ones stay in the new order
+            before, asking.score = asking.score, asking.score.copy()
+            asking.score[best[order]] = falling
+            asking.moved = asking.score - before
+        self._spent(stage, time.perf_counter() - began, 1)
 
     def _too_slow(self, stage: str, asking: _Asking) -> bool:
         """Whether the budget leaves no time for a stage; if so, `degraded` says it."""
@@ -216,9 +235,12 @@ class Engine:
         budget = asking.request.budget_ms
         return np.inf if budget is None else budget / 1e3 - (time.perf_counter() - asking.began)
 
-    def _spent(self, stage: str, seconds: float) -> None:
+    def _spent(self, stage: str, seconds: float, requests: int) -> None:
+        """Keep the pace of requests that were answered alone, as those with a budget are."""
         usual = self.pace.get(stage)
-        if usual is None:
+        if requests > 1:
+            pass
+        elif usual is None:
             self.pace[stage] = 0.0  # the first time, kernels are compiled: it tells nothing
         else:
             self.pace[stage] = usual + 0.1 * (seconds - usual) if usual else seconds
@@ -266,6 +288,7 @@ class Engine:
     def _answer(self, now: Catalogue, asking: _Asking, request: RecommendRequest) -> RecommendResponse:
         pool = asking.pool
         assert pool is not None
+        self._rerank(now, asking)
         chosen = self._chosen(now, asking, request)
         row_of = {int(item): row for row, item in enumerate(pool.item)}
         found = []
@@ -340,15 +363,19 @@ class Engine:
             for name, rank, score in zip(pool.names, pool.rank[row], pool.score[row], strict=True)
             if rank
         ]
-        fusion = now.funnels["repeats" not in pool.names].fusion
-        shares = {} if asking.stranger else fusion.shares(values[row])
+        funnel = now.funnels["repeats" not in pool.names]
+        shares = {} if asking.stranger else funnel.fusion.shares(values[row])
         attended = []
-        if self._lifelong is not None and not asking.stranger:
-            read = self._lifelong.attended(asking.request.user_id, asking.life, item)
+        lifelong = now.bundle.lifelong
+        if lifelong is not None and funnel.asks_ranker and not asking.stranger:
+            shares["ranker"] = float((asking.score - asking.moved)[row]) - sum(shares.values())
+            read = lifelong.attended(asking.life, item)
             raws = now.items.decode([i for i, _, _ in read])
             attended = [
                 Attention(item_id=r, timestamp=t, weight=w) for r, (_, t, w) in zip(raws, read, strict=True)
             ]
+        if isinstance(asking.moved, np.ndarray):
+            shares["language model"] = float(asking.moved[row])
         shares = {name: share for name, share in shares.items() if share}
         return Explanation(sources=sources, features=shares, attended=attended)
 
@@ -470,10 +497,13 @@ class Engine:
             there = there[now.alive[there]]
             if len(there):
                 now = now.without(there)
-            if self._lifelong is not None and added:
-                self._lifelong = Lifelong(self._lifelong.ranker, now.items)
             if now is not self._catalogue:
-                _ = now.newcomers, now.popular, now.funnels  # made before the first request needs them
+                _ = (
+                    now.newcomers,
+                    now.popular,
+                    now.funnels,
+                    now.remembered,
+                )  # made before the first request needs them
             self._catalogue = now
         return ItemsResponse(
             request_id=request.request_id or new_id(),
@@ -637,12 +667,16 @@ def _allowed(now: Catalogue, request: RecommendRequest) -> np.ndarray | None:
     return allowed
 
 
+def shares_work(request: RecommendRequest) -> bool:
+    """Whether it can be asked together with others of the same k and exclude_seen."""
+    return request.allow is None and not request.deny and not request.at_most and request.budget_ms is None
+
+
 def _groups(requests: Sequence[RecommendRequest]) -> list[list[int]]:
     """Places of the requests that can be asked together."""
     groups: dict[Any, list[int]] = {}
     for i, r in enumerate(requests):
-        alone = r.allow is not None or r.deny or r.at_most or r.budget_ms is not None
-        groups.setdefault(i if alone else (r.k, r.exclude_seen), []).append(i)
+        groups.setdefault((r.k, r.exclude_seen) if shares_work(r) else i, []).append(i)
     return list(groups.values())
 
 

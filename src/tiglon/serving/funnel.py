@@ -4,6 +4,7 @@
               ─▶ pool          every item once, with its place and score at each retriever
               ─▶ features      those, and what the user did with the item before
               ─▶ fusion        one linear score an item
+              ─▶ ranker        where there is one, its log-odds added to the scores of the best
               ─▶ the k best
 
 The fusion learns on what the retrievers really return: the target of a user's validation moment against the
@@ -14,6 +15,9 @@ there is a fusion for each.
 
 A retriever that scores the whole catalogue (`CatalogueScorer`) tells the score of every candidate, whoever
 found it; of any other only the places and scores in its own list are known.
+
+A lifelong ranker reads the whole life beside each of a user's best candidates. How much its log-odds weigh is
+chosen on the same validation, after the fusion has learned; nothing is a weight, too, where it does not help.
 
 Letters: B users, T candidates of all of them, R retrievers, F features, N items.
 """
@@ -26,7 +30,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import minimize
@@ -36,11 +40,14 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.retrieval.neighbours import CatalogueScorer, moments_ago
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.topk import tie_order, top_items
+from tiglon.serving.remembered import Remembered
 from tiglon.types import MISSING, Candidates, Histories, Targets
 
 FORMAT = 1
 _SCORES_AT_ONCE = 1 << 22  # of a batch, B × N
 _K = 10  # places of a list that count when weights are learned and selected
+RANKED = 50  # candidates of a user that the lifelong ranker reads, the best of the fusion
+_RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)  # of its log-odds; the best on the validation stays
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def gather(
     stand_in: np.ndarray | None = None,
     skip: Collection[str] = (),
     spent: Callable[[str, float], None] = lambda name, seconds: None,
+    remembered: Remembered | None = None,
 ) -> Pool:
     """Ask every retriever and merge. A retriever may know fewer items than the N of the catalogue.
 
@@ -117,6 +125,7 @@ def gather(
     allowed: (N,) bool, items that may be returned.   extra: dense items that are scored whoever finds them.
     stand_in: (N,) the known item that a retriever which was fitted before an item came reads in its place.
     skip: names of retrievers that are not asked; they find nothing.   spent: told the seconds of each other.
+    remembered: lists that need not be made again.
     """
     B, R = len(histories), len(retrievers)
     owner = histories.owner
@@ -143,14 +152,22 @@ def gather(
                     open_[hidden] = -np.inf
                 if allowed is not None:
                     open_[:, ~allowed[:known]] = -np.inf
-            best = top_items(open_, max(config.candidates, k))
+            best, asked = top_items(open_, max(config.candidates, k)), B
             item = best.item
         else:
-            best = retriever.retrieve(histories, config.generated, exclude_seen=exclude_seen)
+            known = len(retriever.items)
+            read = histories if known == n_items else _known(histories, known, stand_in)
+            if remembered is None:
+                best, asked = retriever.retrieve(read, config.generated, exclude_seen=exclude_seen), B
+            else:
+                best, asked = remembered.retrieve(
+                    retriever, read, config.generated, exclude_seen=exclude_seen
+                )
             item = best.item if allowed is None else _only(best.item, allowed)
         items.append(item)
         scores.append(best.score)
-        spent(retriever.name, time.perf_counter() - began)
+        if asked:
+            spent(retriever.name, time.perf_counter() - began)
 
     keys, places = [], []
     for item in items:
@@ -293,6 +310,7 @@ class Fusion:
 
     retrievers: tuple[str, ...]
     weight: np.ndarray  # (F,) float32
+    ranker: float = 1.0  # weight of the lifelong ranker's log-odds, where there is one; 0: it is not asked
 
     def __post_init__(self) -> None:
         if len(self.weight) != len(self.names):
@@ -322,18 +340,44 @@ class Fusion:
 
     def to_json(self) -> dict[str, Any]:
         weights = dict(zip(self.names, self.weight.tolist(), strict=True))
-        return {"retrievers": list(self.retrievers), "weights": weights}
+        return {"retrievers": list(self.retrievers), "weights": weights, "ranker": self.ranker}
 
     @classmethod
     def of_json(cls, saved: Mapping[str, Any]) -> Fusion:
         names = feature_names(saved["retrievers"])
-        return cls(tuple(saved["retrievers"]), np.array([saved["weights"][n] for n in names], np.float32))
+        weight = np.array([saved["weights"][n] for n in names], np.float32)
+        return cls(tuple(saved["retrievers"]), weight, saved.get("ranker", 1.0))
 
 
 def best_first(pool: Pool, score: np.ndarray) -> np.ndarray:
     """(T,) rows of the pool, each user's best first; ties as `tie_order` has them."""
     tie = tie_order(int(pool.item.max(initial=0)) + 1)[pool.item]
     return np.lexsort((tie, -score, pool.owner))
+
+
+class LifeReader(Protocol):
+    """Who reads whole lives beside candidates: `serving.lifelong`."""
+
+    def log_odds(self, lives: Histories, offsets: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """(T,) float32 for dense candidates (T,), of which user b has offsets[b]:offsets[b+1]."""
+        ...
+
+
+def ranked(reader: LifeReader, pool: Pool, score: np.ndarray, lives: Histories) -> np.ndarray:
+    """(T,) what the ranker says for the `RANKED` best candidates of each user: its log-odds, less their least.
+
+    0 for all others, which so stay behind the best under every weight.
+    """
+    order = best_first(pool, score)
+    place = np.arange(len(order)) - pool.offsets[pool.owner]
+    best = np.sort(order[place < RANKED])
+    lengths = np.minimum(np.diff(pool.offsets), RANKED)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    odds = reader.log_odds(lives, offsets, pool.item[best])
+    least = np.minimum.reduceat(odds, offsets[:-1][lengths > 0]) if len(odds) else odds
+    added = np.zeros(len(score), np.float32)
+    added[best] = odds - np.repeat(least, lengths[lengths > 0])
+    return added
 
 
 class Funnel(Retriever):
@@ -347,9 +391,10 @@ class Funnel(Retriever):
         popularity: np.ndarray,
         fusion: Fusion | None = None,
         config: FunnelConfig | None = None,
+        reader: LifeReader | None = None,
     ) -> None:
         """retrievers: of one catalogue, or of the first part of it.   popularity: (N,) events in training."""
-        self.retrievers = tuple(retrievers)
+        self.retrievers, self.reader = tuple(retrievers), reader
         self.items = max((r.items for r in retrievers), key=len)
         self.config = config or FunnelConfig()
         names = tuple(r.name for r in retrievers)
@@ -362,6 +407,16 @@ class Funnel(Retriever):
             )
         self.popularity = log_share(popularity, len(self.items))
 
+    @property
+    def asks_ranker(self) -> bool:
+        return self.reader is not None and self.fusion.ranker > 0
+
+    def reranked(self, pool: Pool, score: np.ndarray, lives: Histories) -> np.ndarray:
+        """(T,) the scores with what the ranker adds, where it is asked."""
+        if self.reader is None or not self.asks_ranker:
+            return score
+        return score + self.fusion.ranker * ranked(self.reader, pool, score, lives)
+
     def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
         require_k(k)
         k = min(k, len(self.items))
@@ -370,6 +425,7 @@ class Funnel(Retriever):
         for rows, some in batches(histories, len(self.items)):
             pool = gather(self.retrievers, some, len(self.items), self.config, k=k, exclude_seen=exclude_seen)
             value = self.fusion.score(features(pool, some, self.popularity))
+            value = self.reranked(pool, value, some)
             order = best_first(pool, value)
             owner = pool.owner[order]
             place = np.arange(len(order)) - pool.offsets[owner]
@@ -437,6 +493,36 @@ def learn(
     if score[best] <= selected.ndcg(untrained.weight):
         return untrained
     return Fusion(names, Lists.join([learned, selected]).fit(best).astype(np.float32))
+
+
+def weigh(
+    funnel: Funnel,
+    validation: Targets,
+    *,
+    exclude_seen: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Fusion, dict[float, float]]:
+    """The funnel's fusion with the best weight for its ranker, and NDCG@10 by weight, on the validation targets.
+
+    The ranker has learned from training moments alone. Of equal weights the smaller one stays.
+    progress: called with (users done, users in all).
+    """
+    assert funnel.reader is not None
+    random = np.random.default_rng(funnel.config.seed)
+    targets = validation.take(random.permutation(len(validation))[: funnel.config.users])
+    n_items, parts = len(funnel.items), []
+    for at, some in batches(targets.histories, n_items):
+        pool = gather(funnel.retrievers, some, n_items, funnel.config, exclude_seen=exclude_seen)
+        truth = targets.truth.take(at)
+        taken = np.isin(pool.owner * n_items + pool.item, truth.owner * n_items + truth.item)
+        score = funnel.fusion.score(features(pool, some, funnel.popularity))
+        both = np.stack([score, ranked(funnel.reader, pool, score, some)], axis=1)
+        parts.append(Lists(both, np.diff(pool.offsets), taken, truth.lengths))
+        if progress is not None:
+            progress(min(at.stop, len(targets)), len(targets))
+    lists = Lists.join(parts)
+    found = {weight: lists.ndcg(np.array([1.0, weight])) for weight in _RANKER_WEIGHTS}
+    return replace(funnel.fusion, ranker=max(found, key=found.__getitem__)), found
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from tiglon.serving.changes import Changes
 from tiglon.serving.engine import Engine
 from tiglon.serving.logs import note
 from tiglon.serving.messages import ItemsRequest, ItemsResponse, RecommendRequest
-from tiglon.serving.publish import current
+from tiglon.serving.publish import bundle_folder
 from tiglon.serving.state import State
 
 
@@ -105,8 +105,3 @@ class Live:
                 if change.remove:
                     engine.items(ItemsRequest(remove=change.remove))
         return place
-
-
-def bundle_folder(source: Path) -> Path:
-    """The bundle that a path means: itself, or what CURRENT names."""
-    return current(source) if (source / "CURRENT").exists() else source

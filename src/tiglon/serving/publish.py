@@ -69,9 +69,14 @@ def current(home: str | Path) -> Path:
     if not place.is_dir():
         raise BundleDamagedError(
             f"{home / 'CURRENT'} names {listed[0]}, which is not in {home / 'bundles'}",
-            fix="Publish it again, or go back to the one before: tiglon.serving.publish.rollback(home)",
+            fix=f"Publish it again, or go back to the one before: tiglon rollback {home}",
         )
     return place
+
+
+def bundle_folder(source: Path) -> Path:
+    """The bundle that a path means: itself, or what CURRENT names."""
+    return current(source) if (source / "CURRENT").exists() else source
 
 
 def versions(home: str | Path) -> list[str]:
@@ -82,7 +87,7 @@ def versions(home: str | Path) -> list[str]:
         raise BundleError(
             f"no bundle is published in {home}",
             rule="A home has a file CURRENT and a folder bundles/",
-            fix="Publish one: tiglon.serving.publish.publish(bundle, home)",
+            fix=f"Publish one: tiglon publish BUNDLE {home}",
         )
     return found
 

@@ -21,8 +21,8 @@ from tiglon.errors import BundleDamagedError, ConfigError
 from tiglon.serving.api import create_app
 from tiglon.serving.bundle import is_bundle
 from tiglon.serving.desk import Settings
-from tiglon.serving.live import bundle_folder
 from tiglon.serving.logs import write_json_lines
+from tiglon.serving.publish import bundle_folder
 from tiglon.serving.security import Keys, require_keys_beyond_loopback
 from tiglon.serving.state import LmdbState, RedisState, State
 
