@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from tiglon.errors import ConfigError
+from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.crosses import (
     CROSSES,
     DCN,
@@ -20,6 +21,9 @@ from tiglon.ranking.crosses import (
     FiBiNET,
     XDeepFM,
 )
+from tiglon.ranking.pooling import MeanPooling
+from tiglon.ranking.ranker import Ranker, RankerConfig
+from tiglon.types import Behaviours, RankingBatch
 
 F, D = 5, 4
 PAIRS = list(itertools.combinations(range(F), 2))
@@ -298,3 +302,54 @@ def test_order_two_learns_pairs_and_nothing_of_triples(make):
 )  # fmt: skip
 def test_two_layers_learn_triples(make):
     assert auc_of(make, 3) > 0.98
+
+
+# -- in the shell ----------------------------------------------------------------------------------------------
+
+
+def shell(make=None, **settings):
+    torch.manual_seed(0)
+    codes = np.array([[1, 1], [2, 1], [3, 2], [0, 0]])
+    embed = FeatureEmbedding(codes, (4, 3), (6, 4), (), (5,))
+    config = RankerConfig(hidden=(8,), field_width=D, **settings)
+    return Ranker(embed, MeanPooling(embed), tasks=("click", "like"), config=config, cross=make).eval()
+
+
+@pytest.fixture
+def batch():
+    item = torch.tensor([[0, 2], [1, -1]])
+    nothing = torch.zeros(2, 2, 0, dtype=torch.int64)
+    past = Behaviours(item, nothing, torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool))
+    return RankingBatch(item, past, torch.tensor([[1], [4]]), torch.ones(2, 2, 2))
+
+
+@pytest.mark.parametrize("name", CROSSES)
+@pytest.mark.parametrize("settings", [{}, {"experts": 2, "tower": (3,)}], ids=["plain", "MMoE"])
+def test_a_layer_joins_the_shell(name, settings, batch):
+    """It reads two features of the item, one of the user and one interest, and all of them learn from it."""
+    ranker = shell(CROSSES[name], **settings)
+    assert ranker(batch).shape == (2, 2, 2)
+    assert len(ranker.fields) == 4
+    ranker.loss(batch).sum().backward()
+    assert all(project.weight.grad.any() for project in ranker.fields)
+    plain = shell(None, **settings)
+
+    def inputs(part):
+        return next(m.in_features for m in part.modules() if isinstance(m, nn.Linear))
+
+    bottom = [r.trunk.experts if settings else r.trunk for r in (ranker, plain)]
+    wider = [inputs(a) - inputs(b) for a, b in (bottom, (ranker.heads, plain.heads))]
+    assert wider == ([0, ranker.cross.width] if ranker.cross.beside else [ranker.cross.width, 0])
+
+
+def test_fm_in_the_shell_crosses_its_fields(batch):
+    """The logit is linear in the MLP's last layer and in the FM of the projected fields."""
+    ranker = shell(FM)
+    embed, found = ranker.embed, ranker.long(ranker.embed, batch.item, batch.past).vector
+    values = [table(embed.item_codes[batch.item][..., f]) for f, table in enumerate(embed.items)]
+    values += [embed.profile(batch.profile)[:, None].expand(2, 2, -1), found]
+    fields = [project(value) for project, value in zip(ranker.fields, values, strict=True)]
+    pairs = sum((a * b).sum(-1) for a, b in itertools.combinations(fields, 2))
+    linear = torch.cat(fields, -1) @ ranker.cross.first_order.weight[0] + ranker.cross.first_order.bias
+    last = torch.cat([ranker.hidden(batch)[-1].view(2, 2, -1), (pairs + linear)[..., None]], -1)
+    torch.testing.assert_close(ranker(batch), ranker.heads(last))

@@ -376,3 +376,40 @@ def test_a_clustered_life_is_not_read_before_it_ends(task):
     v2.cluster()
     with pytest.raises(LeakageError, match="clustered up to"):
         v2.predict(["u1"], [["g1i0"]], time=10)
+
+
+# -- crossing layers and gates ---------------------------------------------------------------------------------
+
+
+def test_crosses_and_gates_are_named_and_kept(task, tmp_path):
+    config = dataclasses.replace(CONFIG, cross="dcn_v2", gate="pepnet", gate_by=("hour",))
+    ranker = LifelongRanker.of(task, config)
+    ranker.save(tmp_path / "ranker")
+    loaded = LifelongRanker.load(tmp_path / "ranker")
+    assert loaded.config == config
+    assert np.array_equal(loaded.score(task), ranker.score(task))
+
+
+def test_rankers_from_before_crosses_and_gates_still_load(ranker, task, tmp_path):
+    ranker.save(tmp_path / "ranker")
+    file = tmp_path / "ranker" / "ranker.json"
+    about = json.loads(file.read_text())
+    for name in ("cross", "gate", "gate_by"):
+        del about["config"][name]
+    del about["config"]["network"]["field_width"]
+    file.write_text(json.dumps(about))
+    assert np.array_equal(LifelongRanker.load(tmp_path / "ranker").score(task), ranker.score(task))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"cross": "dcn2"}, r"no crossing layer named 'dcn2'\. Did you mean 'dcn'\?"),
+        ({"gate": "possum"}, r"no gate named 'possum'\. Did you mean 'poso'\?"),
+        ({"gate": "poso", "gate_by": ("hours",)}, r"a gate by 'hours'.*Did you mean 'hour'\?"),
+        ({"gate": "poso"}, r"It reads at least one, and there are 1\. Give the schema a user or context"),
+    ],
+)
+def test_what_cannot_be_crossed_or_gated(task, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        LifelongRanker.of(task, dataclasses.replace(CONFIG, **settings))

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, did_you_mean
+from tiglon.ranking.ranker import CrossLayer
 
 Bilinear: TypeAlias = Literal["all", "each", "interaction"]
 
@@ -306,7 +307,7 @@ class DCNV2LowRank(nn.Module):
 
 
 # fields, width of a field → layer
-MakeCross: TypeAlias = Callable[[int, int], nn.Module]
+MakeCross: TypeAlias = Callable[[int, int], CrossLayer]
 
 CROSSES: dict[str, MakeCross] = {
     "fm": FM,

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.ranker import Gate
 
 GAMMA = 2.0  # of LHUC, POSO (there C) and PEPNet (there γ)
 
@@ -376,7 +377,7 @@ def submergence(
 
 
 # the shell's embedding, widths of the MLP's input and hidden layers, profile columns → gate
-MakeGate: TypeAlias = Callable[[FeatureEmbedding, Sequence[int], Sequence[int]], nn.Module]
+MakeGate: TypeAlias = Callable[[FeatureEmbedding, Sequence[int], Sequence[int]], Gate]
 
 GATES: dict[str, MakeGate] = {"lhuc": LHUC, "poso": POSO, "epnet": EPNet, "ppnet": PPNet, "pepnet": PEPNet}
 

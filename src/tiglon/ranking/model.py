@@ -37,8 +37,10 @@ from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.clusters import ClusterConfig, Groups
-from tiglon.ranking.ranker import Interest, Ranker, RankerConfig
-from tiglon.ranking.units import UnitConfig, make_unit, require_unit
+from tiglon.ranking.crosses import CROSSES
+from tiglon.ranking.gates import GATES
+from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
+from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.train.multitask import Balanced, MultiTask
 from tiglon.types import ItemVectors, RankingBatch
@@ -50,6 +52,9 @@ FORMAT = 1
 class LifelongConfig:
     long: str = "full_attention"  # the unit that reads the whole life, by its name in `units`; or "none"
     short: str = "full_attention"  # the unit that reads the most recent `network.recent`; or "none"
+    cross: str = NONE  # a crossing layer, by its name in `crosses`
+    gate: str = NONE  # a gate, by its name in `gates`
+    gate_by: tuple[str, ...] = ()  # the user and context features that the gate reads
     unit: UnitConfig = field(default_factory=UnitConfig)
     network: RankerConfig = field(default_factory=RankerConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, lr=3e-3, bfloat16=False))
@@ -60,6 +65,9 @@ class LifelongConfig:
     def __post_init__(self) -> None:
         require_unit(self.long)
         require_unit(self.short)
+        for kind, name, known in (("crossing layer", self.cross, CROSSES), ("gate", self.gate, GATES)):
+            if name not in (NONE, *known):
+                raise ConfigError(f"no {kind} named '{name}'", fix=did_you_mean(name, [*known, NONE]))
         for name in ("requests", "validation_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
@@ -96,7 +104,9 @@ class LifelongRanker:
         embed = FeatureEmbedding(**features.embedding())
         category = category_of(features, c.unit.category)
         long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
-        self.network = Ranker(embed, long, short, self.tasks, c.network).eval()
+        cross = None if c.cross == NONE else CROSSES[c.cross]
+        gate = None if c.gate == NONE else self._gate
+        self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate).eval()
         self.history: dict[str, Any] = {}
         self.clusters: ClusterStore | None = None
 
@@ -106,6 +116,17 @@ class LifelongRanker:
         if not isinstance(task.store, HistoryStore):
             raise DataError("a task that reads the past from another store than a HistoryStore")
         return cls(task.features, task.store, task.tasks, config)
+
+    def _gate(self, embed: FeatureEmbedding, widths: Sequence[int]) -> Gate:
+        names = [feature.name for feature in self.features.schema.of("user", "context")]
+        for name in self.config.gate_by:
+            if name not in names:
+                raise ConfigError(
+                    f"a gate by '{name}'",
+                    rule="Gates read user and context features",
+                    fix=did_you_mean(name, names),
+                )
+        return GATES[self.config.gate](embed, widths, [names.index(name) for name in self.config.gate_by])
 
     @property
     def name(self) -> str:
@@ -506,5 +527,6 @@ def _config(saved: dict[str, Any]) -> LifelongConfig:
     for name in ("hidden", "tower"):
         network[name] = tuple(network.get(name, ()))
     training["betas"] = tuple(training["betas"])
+    saved["gate_by"] = tuple(saved.get("gate_by", ()))
     unit = UnitConfig(**saved.pop("unit"))
     return LifelongConfig(unit=unit, network=RankerConfig(**network), train=TrainConfig(**training), **saved)

@@ -8,13 +8,17 @@ What a paper of this field adds is an interest unit: one small class that reads 
 candidate. The shell, the features and the training are the same for all, so that a comparison compares
 the units.
 
+Two more parts are there on request: a crossing layer (`crosses.py`) over the features of candidate, user and
+request and the interests, each a field of one width; and a gate (`gates.py`) that multiplies the MLP's input and
+its hidden layers by factors of who asks.
+
 Letters: B requests, K candidates, L behaviours, J cross features, X profile features, T tasks,
-H width of an item, D width of an interest.
+H width of an item, D width of an interest, F fields, W width of the MLP's input, C width of what is crossed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiglon.errors import ConfigError
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.intersection import PER_FEATURE, intersect
 from tiglon.ranking.tasks import MMoE, Towers, mlp
@@ -53,6 +58,22 @@ class InterestUnit(Protocol):
     def __call__(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest: ...
 
 
+class CrossLayer(Protocol):
+    """Crosses fields, (…, F, width of a field) → (…, C). An nn.Module."""
+
+    width: int  # C
+    beside: bool  # True: its output goes to the heads, beside the MLP's; False: into the MLP
+
+    def __call__(self, fields: Tensor) -> Tensor: ...
+
+
+class Gate(Protocol):
+    """Profile codes (B, X), candidates (B, K, H) and the MLP's input (B, K, W) → what the input and each hidden
+    layer are multiplied by, each (B or 1, K or 1, its width) or (1,). An nn.Module."""
+
+    def __call__(self, profile_BX: Tensor, candidate_BKH: Tensor, x_BKW: Tensor) -> list[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class RankerConfig:
     recent: int = 50  # behaviours that the short-term unit reads; TWIN: 50
@@ -61,12 +82,15 @@ class RankerConfig:
     intersections: bool = True  # counts of the candidate's values in the life
     experts: int = 0  # of MMoE, each with the hidden layers above; 0: all tasks share one bottom
     tower: tuple[int, ...] = ()  # hidden layers of each task's own; none: a linear head
+    field_width: int = 16  # to which a crossing layer's fields are projected
 
 
 class Ranker(nn.Module):
     """Scores candidates; logits (B, K, T).
 
     short reads the most recent `config.recent` behaviours, long all of them; None leaves one out.
+    cross: fields, width of a field → layer.   gate: embedding, widths of the MLP's input and hidden layers → gate.
+    Raises ConfigError for a gate with MMoE, whose experts have their layers apart.
     """
 
     def __init__(
@@ -76,6 +100,8 @@ class Ranker(nn.Module):
         short: InterestUnit | None = None,
         tasks: Sequence[str] = ("label",),
         config: RankerConfig | None = None,
+        cross: Callable[[int, int], CrossLayer] | None = None,
+        gate: Callable[[FeatureEmbedding, Sequence[int]], Gate] | None = None,
     ) -> None:
         super().__init__()
         self.config = c = config or RankerConfig()
@@ -85,8 +111,25 @@ class Ranker(nn.Module):
         width = embed.inherent_width + embed.profile_width + 2 * sum(widths)
         if c.intersections:
             width += PER_FEATURE * embed.item_codes.shape[1]
+        tables = [*embed.items, *embed.profiles]
+        self.field_widths = [*(table.embedding_dim for table in tables), *widths]
+        self.cross = None if cross is None else cross(len(self.field_widths), c.field_width)
+        if self.cross is not None:
+            self.fields = nn.ModuleList(
+                nn.Linear(width, c.field_width, bias=False) for width in self.field_widths
+            )
+            width += 0 if self.cross.beside else self.cross.width
+        if gate is not None and c.experts:
+            raise ConfigError(
+                f"a gate and {c.experts} experts",
+                rule="A gate multiplies the layers of one MLP",
+                fix="Set experts=0, or leave the gate out",
+            )
+        self.gate = None if gate is None else gate(embed, [width, *c.hidden])
         T, last = len(self.tasks), c.hidden[-1] if c.hidden else width
         self.trunk: nn.Module = mlp(width, c.hidden, c.dropout)
+        if self.cross is not None and self.cross.beside:
+            last += self.cross.width
         self.heads: nn.Module = nn.Linear(last, T)
         if c.experts:
             self.trunk = MMoE(width, T, c.experts, c.hidden, c.dropout)
@@ -99,6 +142,19 @@ class Ranker(nn.Module):
 
     def score(self, batch: RankingBatch) -> tuple[Tensor, list[Interest]]:
         """Logits (B, K, T), and what the units found, the short-term one first."""
+        (*_, last), beside, found = self._read(batch)
+        if beside is not None:
+            last = torch.cat(
+                [last, beside if last.dim() == 2 else beside[:, None].expand(-1, len(self.tasks), -1)], -1
+            )
+        return self.heads(last).unflatten(0, batch.item.shape).float(), found
+
+    def hidden(self, batch: RankingBatch) -> list[Tensor]:
+        """(B·K, width) of each hidden layer, as the gate leaves it; of MMoE (B·K, T, width) of its mixture alone."""
+        return self._read(batch)[0][1:]
+
+    def _read(self, batch: RankingBatch) -> tuple[list[Tensor], Tensor | None, list[Interest]]:
+        """The MLP's input and layers, (B·K, W) …; what goes to the heads beside them; and what the units found."""
         B, K = batch.item.shape
         found = []
         if self.short is not None:
@@ -111,8 +167,32 @@ class Ranker(nn.Module):
         parts = [candidate, *(f.vector for f in found), *matched, profile]
         if self.config.intersections:
             parts.append(intersect(self.embed, batch.item, batch.past))
+        beside = None
+        if self.cross is not None:
+            known = torch.cat([candidate, profile, *(f.vector for f in found)], dim=-1)
+            split = zip(self.fields, known.split(self.field_widths, dim=-1), strict=True)
+            crossed = self.cross(torch.stack([project(value) for project, value in split], dim=-2))
+            if self.cross.beside:
+                beside = crossed.flatten(0, 1)
+            else:
+                parts.append(crossed)
         x = torch.cat(parts, dim=-1)
-        return self.heads(self.trunk(x.flatten(0, 1))).unflatten(0, (B, K)).float(), found
+        if self.gate is None:
+            layers = self._layers(x.flatten(0, 1), [])
+        else:
+            scales = self.gate(batch.profile, candidate, x)
+            layers = self._layers(x.flatten(0, 1), [scale.expand(B, K, -1).flatten(0, 1) for scale in scales])
+        return layers, beside, found
+
+    def _layers(self, x_nW: Tensor, scales: Sequence[Tensor]) -> list[Tensor]:
+        """The MLP's input and hidden layers, each multiplied by its scale if there are any."""
+        if not isinstance(self.trunk, nn.Sequential):
+            return [x_nW, self.trunk(x_nW)]
+        layers = [x_nW * scales[0] if scales else x_nW]
+        for n in range(0, len(self.trunk), 3):  # linear, PReLU, dropout
+            h = self.trunk[n : n + 3](layers[-1])
+            layers.append(h * scales[len(layers)] if scales else h)
+        return layers
 
     def loss(self, batch: RankingBatch) -> Tensor:
         """(n,) binary cross-entropy of the n labels there are, the units' auxiliary losses added to each."""

@@ -31,7 +31,7 @@ class UnitConfig:
     head_width: int = 16
     width: int = 64  # of an interest
     chosen: int = 100  # behaviours that a two-stage unit attends to, and `recent`; TWIN: 100
-    category: str | None = None  # inherent feature by which SIM searches and CAN crosses; None: see `model.category_of`
+    category: str | None = None  # inherent feature of SIM's search and of CAN; None: see `model.category_of`
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_width", "width", "chosen"):
