@@ -2,6 +2,7 @@
 (training log, catalogue) to the fitted retriever."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -9,11 +10,15 @@ import pytest
 
 from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, UnknownIdError
+from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
+from tiglon.retrieval.eager import Eager, EagerConfig, eager_ids
+from tiglon.retrieval.mind import Mind, MindConfig
 from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, Repeats, TextNeighbours
 from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
+from tiglon.retrieval.two_tower import TwoTower, TwoTowerConfig
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.random_ids import RandomIds
 from tiglon.train.loop import TrainConfig
@@ -29,6 +34,13 @@ def random_ids(items: Items) -> SemanticIds:
     return SemanticIds.assign(RandomIds(2, 8).encode_keys(items.vocabulary), (8, 8), items.vocabulary)
 
 
+def eager(log: Interactions, items: Items) -> Eager:
+    config = EagerConfig(replace(TINY.model, pairs=0), TINY.train, branches=8)
+    rows = np.random.default_rng(0).normal(size=(2, len(items), 6)).astype(np.float32)
+    vectors = {"behaviour": rows[0], "semantic": rows[1]}
+    return Eager(eager_ids(vectors, items.vocabulary, config), items.vocabulary, config, vectors).fit(log)
+
+
 RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "popularity": lambda log, items: Popularity().fit(log, items),
     "text neighbours": lambda log, items: TextNeighbours().fit(log, items),
@@ -38,6 +50,19 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "sasrec": lambda log, items: SasRec(
         items.vocabulary, SasRecConfig(width=16, heads=2, hidden=32, layers=1, train=TINY.train)
     ).fit(log),
+    "two towers": lambda log, items: TwoTower(
+        items.vocabulary, TwoTowerConfig(width=16, hidden=16, uniform=8, users=5, train=TINY.train)
+    ).fit(log),
+    "mind": lambda log, items: Mind(
+        items.vocabulary, MindConfig(width=16, hidden=16, interests=3, train=TINY.train)
+    ).fit(log),
+    "comirec dr": lambda log, items: ComiRec(
+        items.vocabulary, ComiRecConfig(extractor="dr", width=16, interests=3, train=TINY.train)
+    ).fit(log),
+    "comirec sa": lambda log, items: ComiRec(
+        items.vocabulary, ComiRecConfig(extractor="sa", width=16, interests=3, train=TINY.train)
+    ).fit(log),
+    "eager": eager,
     "tiger": lambda log, items: Tiger(random_ids(items), items.vocabulary, TINY).fit(log),
 }
 

@@ -73,7 +73,7 @@ def test_untrained_and_with_content_it_recommends_what_is_alike():
     """Its state begins near the latest item's vector; without content that says nothing."""
     made = SasRec(ITEMS, SasRecConfig(**{**TINY.__dict__, "layers": 1, "dropout": 0.0}), VECTORS)
     with torch.no_grad():
-        made.network.item.weight.zero_()
+        made.network.items.own.weight.zero_()
         for layer in made.network.layers:
             layer.attention.o.weight.zero_()
             layer.ff.wo.weight.zero_()

@@ -1,0 +1,281 @@
+"""Dense retrieval: a user's vectors, an index of the items' vectors. What SASRec, two towers, MIND and ComiRec
+share: windows, training, selection, answers, items that arrive later, files.
+
+Letters: B users, K interests, N items, C width of the content, D width.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.evaluation.protocol import evaluate
+from tiglon.retrieval.index import ExactIndex, Index
+from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.softmax import UnigramSampler
+from tiglon.retrieval.topk import require_dense
+from tiglon.retrieval.towers import DenseNetwork, Past
+from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
+from tiglon.train.loop import Progress, TrainConfig, train
+from tiglon.types import Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+
+if TYPE_CHECKING:
+    from typing import Self
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """What every dense retriever sets."""
+
+    width: int = 128
+    dropout: float = 0.2
+    window: int = 50  # most recent events read
+    batch_targets: int = 512
+    whole: int = 50_000  # catalogues up to this size are trained with a softmax over all items …
+    negatives: int = 8192  # … larger ones with so many drawn a step, corrected for how often they are drawn
+    validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5))
+
+    def __post_init__(self) -> None:
+        for name in ("width", "window", "batch_targets", "negatives", "validation_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}", rule="dropout lies in 0 … 1, 1 excluded")
+
+
+class DenseRetriever(Retriever):
+    """Retrieve by the best product of a user's vectors with an item's.
+
+    Retriever(items.vocabulary, config, vectors).fit(split.train, split.validation)
+
+    index: makes what is searched from the items' vectors (N, D): `ExactIndex`, or for instance
+        `functools.partial(FaissIndex, factory="HNSW32")`.
+    """
+
+    Config: ClassVar[type[DenseConfig]]
+    index: Callable[[np.ndarray], Index] = staticmethod(ExactIndex)
+
+    def __init__(
+        self, items: Vocabulary, config: DenseConfig | None = None, vectors: np.ndarray | None = None
+    ) -> None:
+        """vectors: (N, C) of the items' content; None for ids alone."""
+        if vectors is not None and len(vectors) != len(items):
+            raise DataError(f"{len(vectors)} item vectors for {len(items)} items")
+        if vectors is not None and not np.isfinite(vectors).all():
+            raise DataError("item vectors with NaN or infinite values", rule="Vectors are finite")
+        self.items, self.config = items, config or self.Config()
+        torch.manual_seed(self.config.train.seed)
+        self.network = self._network(vectors).eval()
+        self._searched: tuple[torch.Tensor, Index] | None = None
+
+    @abc.abstractmethod
+    def _network(self, content: np.ndarray | int | None) -> DenseNetwork:
+        """A new network; `content` as in `ItemTower`."""
+
+    def _windows(self, offsets: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        """The rows of training, as `WindowBatches` takes them; here one a target."""
+        return windows_of_events(offsets, self.config.window)
+
+    def _samples(self) -> bool:
+        """Whether negatives are drawn in training."""
+        return len(self.items) > self.config.whole
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        interactions: Interactions,
+        validation: Targets | None = None,
+        *,
+        directory: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """As `Tiger.fit`: learn from the training events, keep the weights that are best on `validation`.
+
+        Raises DataError where the log numbers items otherwise or is empty.
+        """
+        if interactions.items != self.items:
+            raise DataError(
+                "a log whose items are not those of this retriever",
+                fix="Call tiglon.data.events.align(interactions, items) first",
+            )
+        if not len(interactions):
+            raise DataError("a log without any event to predict")
+        c, log = self.config, HistoryStore.build(interactions)
+        moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
+        windows = self._windows(log.offsets, moment)
+        wanted = np.ones(len(interactions), bool)
+        counts = np.bincount(log.item, minlength=len(self.items))
+        sampler = UnigramSampler(counts, c.negatives) if self._samples() else None
+        sample = None
+        if validation is not None and len(validation):
+            rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_users]
+            sample = validation.take(np.sort(rows))
+
+        def epoch_batches(epoch: int) -> Sequence[Batch]:
+            seed = [c.train.seed, epoch]
+            return WindowBatches(log.item, moment, wanted, user, windows, c.batch_targets, seed)
+
+        def validate() -> float:
+            assert sample is not None
+            self._searched = None
+            return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
+
+        self.history = train(
+            self.network,
+            epoch_batches,
+            lambda network, batch: network.loss(batch, sampler.draw() if sampler else None),
+            validate if sample is not None else None,
+            c.train,
+            directory,
+            report,
+            about={
+                "retriever": type(self).__name__,
+                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
+                **{key: value for key, value in asdict(c).items() if key != "train"},
+            },
+        )
+        self.log, self._searched = log, None
+        return self
+
+    # -- answering -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def vectors(self) -> np.ndarray:
+        """(N, D) float32 of the items, as an index takes them."""
+        return self.network.vectors().float().numpy()
+
+    @torch.inference_mode()
+    def users(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+        """Interests (B, K, D) float32 and which of them each user has (B, K) bool."""
+        require_dense(histories, len(self.items))
+        item, moment, now = padded_histories(histories.last(self.config.window))
+        user = np.full(len(histories), -1) if histories.user is None else histories.user
+        past = Past(item, moment, now, torch.from_numpy(user))
+        interests, present = self.network.users(past, self._ready()[0])
+        return interests.float().numpy(), present.numpy()
+
+    def score(self, histories: Histories) -> np.ndarray:
+        """Scores (B, N) float32 of the whole catalogue, in memory at once."""
+        interests, present = self.users(histories)
+        scores = interests @ self.vectors().T
+        scores[~present] = -np.inf
+        return scores.max(axis=1)
+
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
+        """The k best items for each history. deny: (N,) bool, items that nobody may get."""
+        require_k(k)
+        item, score = [], []
+        for start in range(0, max(len(histories), 1), 256):
+            some = histories.take(slice(start, start + 256))
+            interests, present = self.users(some)
+            seen = some if exclude_seen else None
+            best = self._ready()[1].search(interests, k, present=present, seen=seen, deny=deny)
+            item.append(best.item)
+            score.append(best.score)
+        return Candidates(np.concatenate(item), np.concatenate(score), self.name)
+
+    def similar_items(self, items: np.ndarray, k: int) -> Candidates:
+        """The k items whose vectors are most alike (cosine) to each of these dense items (B,)."""
+        vectors = self.vectors()
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+        themselves = Histories.of([[i] for i in items])
+        require_dense(themselves, len(self.items))
+        return ExactIndex(vectors).search(vectors[items], k, seen=themselves, source="similar")
+
+    def _ready(self) -> tuple[torch.Tensor, Index]:
+        """The vectors (N, D) of the items as users' histories are read, and the index; until either changes."""
+        if self._searched is None:
+            with torch.inference_mode():
+                self._searched = self.network.items.table(), self.index(self.vectors())
+        return self._searched
+
+    # -- items that arrive later ---------------------------------------------------------------
+
+    def add_items(self, items: Vocabulary, vectors: np.ndarray) -> None:
+        """Make new items recommendable at once, by their content (M, C). Nothing is learned.
+
+        items: the whole new vocabulary, old ids first.
+        Raises DataError where old ids moved or vectors do not fit, ConfigError where content is not known.
+        """
+        old = len(self.items)
+        if not items.raw.slice(0, old).equals(self.items.raw):
+            raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
+        if len(vectors) != len(items) - old:
+            raise DataError(f"{len(vectors)} vectors for {len(items) - old} new items")
+        self.network.items.add(vectors)
+        self.items, self._searched = items, None
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder, all of it or nothing; `log` is not part of it. Raises StorageError."""
+        with written_aside(Path(directory)) as aside:
+            about = {"format": FORMAT, "kind": type(self).__name__, "config": asdict(self.config)}
+            (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
+            pq.write_table(pa.table({"item_id": self.items.raw}), aside / "items.parquet")
+            save_file(self.network.state_dict(), aside / "network.safetensors")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
+            if about["format"] > FORMAT:
+                raise BundleVersionError(
+                    f"a retriever of format {about['format']} in {directory}",
+                    rule=f"This Tiglon reads formats up to {FORMAT}",
+                    fix="Update Tiglon",
+                )
+            if about["kind"] != cls.__name__:
+                raise BundleDamagedError(
+                    f"{directory} holds a {about['kind']}", rule=f"{cls.__name__}.load reads its own kind"
+                )
+            items = Vocabulary(pq.read_table(directory / "items.parquet")["item_id"])
+            tensors = load_file(directory / "network.safetensors")
+            self = cls(items, cls._config_of(about["config"]))
+            if "items.content" in tensors:
+                self.network = self._network(tensors["items.content"].shape[1]).eval()
+            self.network.load_state_dict(tensors)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, (BundleDamagedError, BundleVersionError)):
+                raise
+            raise BundleDamagedError(
+                f"the retriever in {directory} cannot be read: {error}",
+                rule=f"A {cls.__name__} has retriever.json, items.parquet and network.safetensors",
+                fix="Copy the folder again, or fit anew",
+            ) from error
+        return self
+
+    @classmethod
+    def _config_of(cls, settings: dict[str, Any]) -> DenseConfig:
+        training = settings.pop("train")
+        training["betas"] = tuple(training["betas"])
+        return cls.Config(**settings, train=TrainConfig(**training))
+
+
+def windows_of_events(offsets: np.ndarray, window: int) -> np.ndarray:
+    """(E, 3) a row for each event of a log, its only target: (start, stop, target), `window` events before it."""
+    event = np.arange(offsets[-1])
+    life = np.repeat(offsets[:-1], np.diff(offsets))
+    return np.stack([np.maximum(life, event - window), event + 1, event], axis=1)

@@ -1,0 +1,144 @@
+"""Two towers: a user's vector, an item's vector, their cosine; the other targets of a batch are the negatives.
+
+Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", RecSys 2019,
+https://doi.org/10.1145/3298689.3346996; mixed negatives after Yang et al., "Mixed Negative Sampling for Learning
+Two-tower Neural Networks in Recommendations", WWW 2020, https://doi.org/10.1145/3366424.3386195.
+
+Idea. Items come into a batch as often as they are popular, so an in-batch softmax takes popularity out of the
+scores: what it learns is log P(i|u)/P(i). Less log of how often each is expected there (logQ, from a
+streaming estimate), it learns log P(i|u). The correction is for training; what is served is the plain cosine.
+
+Covered: §3 batch softmax, L2 norm and temperature (eq. 3–5), §4.1 streaming frequency estimation. One way: a user
+chooses among items, not an item among users.
+
+User tower: the history, read with the items' vectors, attended to by content and by age; beside it the latest
+moment and, on request, a hash of who the user is; a two-layer network on top of their sum.
+Item tower: a vector of its own plus its content (text, behaviour) through one projection.
+
+Deviations:
+- negatives are the batch's other targets together with `uniform` drawn items, so that items without events are
+  negatives too; all are corrected for how often they are expected in that mixture;
+- the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user is known to
+  like is no negative;
+- the frequency estimate counts examples, not batches (`frequency.py`);
+- no rewards: every event weighs the same.
+
+Cost: a product with the batch's items a target, in training; with N items in answering.
+
+Letters: B users, L history, D width, T targets, C candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiglon.errors import ConfigError
+from tiglon.nn.transformer import HIDDEN, Dropout, Linear
+from tiglon.retrieval.dense import DenseConfig, DenseRetriever
+from tiglon.retrieval.frequency import FrequencyEstimator
+from tiglon.retrieval.softmax import Negatives, accidental_hits, in_batch_softmax
+from tiglon.retrieval.towers import DenseNetwork, HashedUsers, ItemTower, Past
+from tiglon.retrieval.windows import Batch
+from tiglon.train.loop import TrainConfig
+
+
+@dataclass(frozen=True)
+class TwoTowerConfig(DenseConfig):
+    hidden: int = 512  # of both two-layer networks
+    temperature: float = 0.05  # paper: tuned, between .02 and .1
+    uniform: int = 1024  # drawn negatives beside those of the batch; 0: none
+    logq: bool = True  # correct for how often an item is among the negatives
+    rate: float = 0.05  # of the frequency estimate; paper: .01
+    users: int = 0  # buckets of users; 0: known by their history alone
+    ages: int = 32  # moments back that are told apart
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0 or self.uniform < 0 or self.users < 0 or self.ages < 1 or self.hidden < 1:
+            raise ConfigError(
+                f"temperature={self.temperature}, uniform={self.uniform}, users={self.users}, "
+                f"ages={self.ages}, hidden={self.hidden}",
+                rule="The temperature is above 0, uniform and users at least 0, ages and hidden at least 1",
+            )
+
+
+class TwoTowerNetwork(DenseNetwork):
+    """items: N.   content: as in `ItemTower`."""
+
+    def __init__(self, items: int, config: TwoTowerConfig, content: np.ndarray | int | None = None) -> None:
+        super().__init__()
+        c = self.config = config
+        self.items = ItemTower(items, c.width, content)
+        self.stranger = nn.Parameter(torch.randn(c.width) * c.width**-0.5)
+        self.who = HashedUsers(c.users, c.width)
+        self.age_bias = nn.Parameter(-0.3 * torch.arange(c.ages))  # the latest moment weighs most at first
+        self.key = Linear(c.width, c.hidden, c.width**-0.5)
+        self.attention = Linear(c.hidden, 1, 0.0)
+        self.wi = Linear(2 * c.width + self.who.width, c.hidden, (2 * c.width) ** -0.5)
+        self.wo = Linear(c.hidden, c.width, 0.1 * c.hidden**-0.5)
+        self.dropout = Dropout(c.dropout)
+        self.frequency = FrequencyEstimator(rate=c.rate)
+
+    def vectors(self) -> Tensor:
+        return F.normalize(self.items.table(), dim=-1)
+
+    def users(self, past: Past, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, 1, D) of length 1."""
+        x_BLD, mask, age = self.dropout(self.items(past.item, table)), past.mask, past.age
+        logit_BL = self.attention(torch.tanh(self.key(x_BLD)))[..., 0].float()
+        logit_BL = logit_BL + self.age_bias[(age - 1).clamp(0, self.config.ages - 1)]
+        history_BD = _mean(x_BLD, logit_BL, mask)
+        latest_BD = _mean(x_BLD, torch.zeros_like(logit_BL), mask & (age == 1))
+        nobody = ~mask.any(dim=1, keepdim=True)
+        history_BD = torch.where(nobody, self.stranger, history_BD)
+        both = torch.cat([history_BD, latest_BD, self.who(past.user)], dim=1)
+        deep = self.wo(self.dropout(F.relu(self.wi(both))))
+        user_BD = F.normalize(history_BD + latest_BD + deep.float(), dim=-1)
+        return user_BD[:, None], torch.ones(len(user_BD), 1, dtype=torch.bool)
+
+    def loss(self, batch: Batch, negatives: Negatives | None = None) -> Tensor:
+        """(T,) of a batch whose rows have one target each; in training mode its items are counted."""
+        c, past, target = self.config, Past.of(batch), batch.item[batch.target]
+        n_items = len(self.items.own.weight)
+        candidate = torch.cat([target, torch.randint(n_items, (c.uniform,))])
+        if self.training:
+            self.frequency.update(target)
+        log_count = None
+        if c.logq:
+            expected = (len(target) - 1) * self.frequency.probability(candidate) + c.uniform / n_items
+            log_count = expected.clamp(min=1e-9).log()
+        user_TD = self.users(past)[0][:, 0].float()
+        with torch.autocast("cpu", enabled=False):
+            item_CD = F.normalize(self.items(candidate).float(), dim=-1)
+            score_TC = user_TD @ item_CD.T / c.temperature
+        hidden = accidental_hits(candidate, past.item, past.mask, past.user)
+        return in_batch_softmax(score_TC, hidden, log_count)
+
+
+class TwoTower(DenseRetriever):
+    """Retrieve by the cosine of a user's vector with every item's.
+
+    TwoTower(items.vocabulary, vectors=vectors).fit(split.train, split.validation)
+    """
+
+    name = "two towers"
+    Config = TwoTowerConfig
+    config: TwoTowerConfig
+
+    def _network(self, content: np.ndarray | int | None) -> TwoTowerNetwork:
+        return TwoTowerNetwork(len(self.items), self.config, content)
+
+    def _samples(self) -> bool:
+        return False  # it brings its own
+
+
+def _mean(x_BLD: Tensor, logit_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """(B, D) float32: the mean of what is there, weighted by softmax(logit); zeros where nothing is."""
+    weight_BL = logit_BL.masked_fill(~mask_BL, HIDDEN).softmax(dim=1).nan_to_num(0.0)
+    return (weight_BL[:, None] @ x_BLD.float())[:, 0].float()

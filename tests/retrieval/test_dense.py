@@ -1,0 +1,186 @@
+"""What dense retrievers share: rows of one target, answers by the index, later items, drawn negatives, files.
+
+Shown on ComiRec (SA), which has every shared part; the contract test asks all of them.
+"""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tiglon.data.split import leave_last_out
+from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.evaluation.protocol import evaluate
+from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
+from tiglon.retrieval.dense import windows_of_events
+from tiglon.retrieval.index import FaissIndex
+from tiglon.retrieval.mind import Mind
+from tiglon.retrieval.towers import HashedUsers, ItemTower, Past
+from tiglon.retrieval.windows import collate
+from tiglon.train.loop import TrainConfig
+from tiglon.types import MISSING, Histories, Interactions, Vocabulary
+
+torch.set_num_threads(1)
+
+N, C = 20, 6
+ITEMS = Vocabulary([f"item {i}" for i in range(N)])
+VECTORS = np.random.default_rng(0).normal(size=(N, C)).astype(np.float32)
+FAST = TrainConfig(epochs=12, lr=2e-2, evaluations=2, average=0.9, bfloat16=False)
+TINY = ComiRecConfig(width=16, dropout=0.0, interests=2, window=10, batch_targets=128, train=FAST)
+HISTORIES = Histories.of([[3, 8], [], list(range(15)), [4]])
+
+
+def make(vectors=VECTORS, **changes):
+    return ComiRec(ITEMS, ComiRecConfig(**{**TINY.__dict__, **changes}), vectors)
+
+
+def circle(users=80, length=8):
+    """Users who walk round the catalogue: the next item follows from the last one."""
+    lives = (np.random.default_rng(0).integers(0, N, (users, 1)) + np.arange(length)) % N
+    return Interactions(
+        user=np.repeat(np.arange(users), length).astype(np.int32),
+        item=lives.ravel().astype(np.int32),
+        time=np.tile(np.arange(length), users),
+        users=Vocabulary([f"u{i}" for i in range(users)]),
+        items=ITEMS,
+    )
+
+
+def test_every_event_is_the_one_target_of_a_row():
+    windows = windows_of_events(np.array([0, 3, 3, 5]), 2)
+    assert windows.tolist() == [[0, 1, 0], [0, 2, 1], [0, 3, 2], [3, 4, 3], [3, 5, 4]]
+
+
+def test_the_past_of_a_row_ends_before_its_target():
+    """The second event of the target's own basket is not past."""
+    item, moment = np.array([5, 6, 7, 8]), np.array([0, 1, 2, 2])
+    batch = collate(item, moment, np.ones(4, bool), np.zeros(4, np.int64), np.array([[0, 4, 3]]), 6)
+    past = Past.of(batch)
+    assert past.mask.tolist() == [[True, True, False, False, False, False]]
+    assert past.age[past.mask].tolist() == [2, 1]
+
+
+def test_scores_are_the_best_product_of_the_interests_there_are():
+    made = make()
+    interests, _ = made.users(HISTORIES)
+    scores = made.score(HISTORIES)
+    np.testing.assert_allclose(scores[0], (interests[0] @ made.vectors().T).max(axis=0), rtol=1e-5)
+    stranger = made.network.stranger.detach() * made.network.log_scale.exp()
+    np.testing.assert_allclose(scores[1], made.vectors() @ stranger.detach().numpy(), rtol=1e-4, atol=1e-5)
+    best = made.retrieve(HISTORIES, N, exclude_seen=False)
+    np.testing.assert_allclose(best.score, -np.sort(-scores, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_denied_items_are_left_out():
+    deny = np.arange(N) < N - 3
+    found = make().retrieve(Histories.of([[N - 1]]), 10, deny=deny).item[0]
+    assert sorted(found[found != MISSING]) == [N - 3, N - 2]
+
+
+def test_faiss_may_take_the_place_of_the_index():
+    made, other = make(), make()
+    other.index = partial(FaissIndex, factory="Flat")
+    np.testing.assert_array_equal(made.retrieve(HISTORIES, 5).item, other.retrieve(HISTORIES, 5).item)
+
+
+@pytest.mark.parametrize("drawn", [{}, {"whole": 0, "negatives": 64}], ids=["whole", "drawn"])
+def test_it_learns_what_follows_what(drawn):
+    split = leave_last_out(circle())
+    learned = make(None, **drawn).fit(split.train, split.validation)
+    assert evaluate(learned, split.test, ks=(5,)).metrics["recall@5"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_weights():
+    once, again = (make().fit(circle(20)).network.state_dict() for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_new_items_are_known_by_their_content():
+    made = make()
+    made.network.items.own.weight.data.zero_()
+    before = made.retrieve(HISTORIES, 5).item
+    more = Vocabulary([*ITEMS.raw.to_pylist(), "twin of 7", "new"])
+    made.add_items(more, np.stack([VECTORS[7], -VECTORS[7]]))
+    vectors = made.vectors()
+    np.testing.assert_allclose(vectors[N], vectors[7], rtol=1e-5, atol=1e-6)
+    assert N in made.similar_items(np.array([7]), 1).item
+    with_new = made.retrieve(HISTORIES, 8).item
+    for old, now in zip(before, with_new, strict=True):
+        assert [i for i in now if i < N][:3] == [i for i in old if i != MISSING][:3]
+    assert made.recommend(history=[["new"]], k=3)
+
+
+def test_new_items_that_do_not_fit_are_refused():
+    more = Vocabulary([*ITEMS.raw.to_pylist(), "new"])
+    with pytest.raises(ConfigError, match="knows items by their ids alone"):
+        make(None).add_items(more, VECTORS[:1])
+    with pytest.raises(DataError, match="2 vectors for 1 new items"):
+        make().add_items(more, VECTORS[:2])
+    with pytest.raises(DataError, match="finite and of width 6"):
+        make().add_items(more, VECTORS[:1, :4])
+    with pytest.raises(DataError, match="finite and of width 6"):
+        make().add_items(more, VECTORS[:1] * np.nan)
+    with pytest.raises(DataError, match="renumbers old items"):
+        make().add_items(Vocabulary(["new", *ITEMS.raw.to_pylist()]), VECTORS[:1])
+
+
+def test_rows_of_an_item_tower_are_its_table():
+    for content in (None, VECTORS):
+        tower = ItemTower(N, 4, content)
+        at = torch.tensor([[3, 3], [0, 19]])
+        torch.testing.assert_close(tower(at), tower.table()[at])
+        torch.testing.assert_close(tower(at, tower.table()), tower.table()[at])
+
+
+def test_hashed_users_share_buckets_and_strangers_have_their_own():
+    who = HashedUsers(3, 4)
+    found = who(torch.tensor([1, 4, -1, 2]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[2], found[3])
+    assert HashedUsers(0, 4)(torch.tensor([1, 2])).shape == (2, 0)
+
+
+def test_saved_with_later_items_and_loaded_it_answers_the_same(tmp_path):
+    made = make()
+    made.add_items(Vocabulary([*ITEMS.raw.to_pylist(), "new"]), VECTORS[:1])
+    made.save(tmp_path / "kept")
+    again = ComiRec.load(tmp_path / "kept")
+    np.testing.assert_array_equal(again.score(HISTORIES), made.score(HISTORIES))
+    assert (again.config, again.items) == (made.config, made.items)
+
+
+def test_damaged_newer_and_other_folders_are_refused(tmp_path):
+    make().save(tmp_path / "kept")
+    for name in ("retriever.json", "items.parquet", "network.safetensors"):
+        shutil.copytree(tmp_path / "kept", tmp_path / name)
+        (tmp_path / name / name).write_bytes(b"{")
+        with pytest.raises(BundleDamagedError, match="cannot be read"):
+            ComiRec.load(tmp_path / name)
+    with pytest.raises(BundleDamagedError, match=r"holds a ComiRec. Mind.load reads its own kind"):
+        Mind.load(tmp_path / "kept")
+    about = json.loads((tmp_path / "kept" / "retriever.json").read_text())
+    (tmp_path / "kept" / "retriever.json").write_text(json.dumps(about | {"format": 99}))
+    with pytest.raises(BundleVersionError, match="format 99"):
+        ComiRec.load(tmp_path / "kept")
+
+
+def test_bad_settings_and_vectors_are_named():
+    for name in ("width", "window", "batch_targets", "negatives"):
+        with pytest.raises(ConfigError, match=f"{name} is at least 1"):
+            make(**{name: 0})
+    with pytest.raises(ConfigError, match="dropout lies in"):
+        make(dropout=1.0)
+    with pytest.raises(DataError, match="3 item vectors for 20 items"):
+        make(VECTORS[:3])
+    with pytest.raises(DataError, match="Vectors are finite"):
+        make(VECTORS * np.inf)
+
+
+def test_zero_and_duplicate_content_are_no_trouble():
+    content = np.repeat(VECTORS[:2], N // 2, axis=0)
+    content[0] = 0
+    made = make(content).fit(circle(20))
+    assert np.isfinite(made.score(HISTORIES)).all()
