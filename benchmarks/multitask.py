@@ -1,0 +1,228 @@
+"""Which multi-task loss on Complete Journey: in the next basket, within 30 days, two or more at once?
+
+    python benchmarks/multitask.py --out runs/multitask.jsonl [--methods single equal pcgrad …]
+           [--heads bottom mmoe] [--seeds 0 1 2] [--minutes 5] [--threads 2] [--set train.lr=0.002]
+
+The same network, requests and training for all: what the user bought lately is read by attention, and over the
+shared MLP (`bottom`), or four of them (`mmoe`), each task has a tower. `single` trains a network a task. Weights are
+selected on the validation's mean GAUC; the test is read once a row. Test households and times are unseen in training.
+
+A label of 30 days is known 30 days later: where that is past the end of a split's time, there is none. The validation
+has eight weeks, so that half of it keeps that label.
+
+Rows go to --out as they finish and are not run again; --only-table prints what is there. The table: mean ± standard
+deviation over seeds of each task's GAUC and AUC; Δm, the mean over tasks of the relative change of GAUC against
+`single` of the same heads and seed, in percent; parameters; ms a step of training, reading included, and its
+backward passes through what is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine, machine_line
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tiglon.data.ranking import BASKET_TASKS, WITHIN_30_DAYS, RankingTask, complete_journey_task
+from tiglon.ranking.model import LifelongConfig, LifelongRanker
+from tiglon.ranking.ranker import RankerConfig
+from tiglon.recipes import override
+from tiglon.train.multitask import (
+    DWA,
+    MGDA,
+    PELTR,
+    CAGrad,
+    Equal,
+    GradNorm,
+    GradVac,
+    MultiTask,
+    PCGrad,
+    Uncertainty,
+)
+
+MONTH = 30 * 86_400
+SINGLE = "single"
+METHODS: dict[str, Callable[[tuple[str, ...], int], MultiTask]] = {  # (tasks, steps of an epoch) → method
+    "equal": lambda tasks, _: Equal(tasks),
+    "uncertainty": lambda tasks, _: Uncertainty(tasks),
+    "gradnorm": lambda tasks, _: GradNorm(tasks),
+    "mgda": lambda tasks, _: MGDA(tasks),
+    "dwa": lambda tasks, steps: DWA(tasks, steps),
+    "pe_ltr": lambda tasks, _: PELTR(dict.fromkeys(tasks, 0.1)),
+    "pcgrad": lambda tasks, _: PCGrad(tasks),
+    "gradvac": lambda tasks, _: GradVac(tasks),
+    "cagrad": lambda tasks, _: CAGrad(tasks),
+}
+HEADS = {"bottom": RankerConfig(tower=(32,)), "mmoe": RankerConfig(tower=(32,), experts=4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    known = [SINGLE, *METHODS]
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["bottom"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--minutes", type=float, help="of training a network at most; by default three epochs"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--requests", type=int, help="cut each split to so many requests, for a quick look")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--only-table", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    console = Console(width=170, highlight=False)
+    if not given.only_table:
+        changes = dict(setting.split("=", 1) for setting in given.settings)
+        if given.minutes:
+            changes["train.minutes"] = str(given.minutes)
+        run(given.out, given.methods, given.heads, given.seeds, changes, given.requests, console)
+    console.print(table(rows_of(given.out)))
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def run(
+    out: Path,
+    methods: Sequence[str],
+    heads: Sequence[str],
+    seeds: Sequence[int],
+    changes: dict[str, str],
+    requests: int | None,
+    console: Console,
+) -> None:
+    """All rows that `out` lacks, seed by seed, so that a run cut short still compares all methods."""
+    console.print(machine_line())
+    splits = known_in_time(complete_journey_task(seed=0, tasks=BASKET_TASKS, validation_weeks=8))
+    learn, validation, test = (first(split, requests) for split in splits)
+    console.print(f"{len(learn):,} requests to learn from, {len(validation):,} to select on, "
+                  f"{len(test):,} to test on")  # fmt: skip
+    done = {row["key"] for row in rows_of(out)}
+    for seed in seeds:
+        for shape in heads:
+            for method in methods:
+                config = LifelongConfig(long="none", network=HEADS[shape])
+                config = override(config, changes | {"train.seed": str(seed)})
+                key = json.dumps([method, shape, seed, requests, asdict(config)], sort_keys=True)
+                if key in done:
+                    continue
+                row = {"key": key, "method": method, "heads": shape, "seed": seed, "machine": machine()}
+                row |= trained(method, config, learn, validation, test)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                found = ", ".join(f"{name} {row['test'][name]['gauc']:.4f}" for name in BASKET_TASKS)
+                console.print(f"{method}, {shape}, seed {seed}: {found} in {row['seconds']:.0f} s")
+
+
+def known_in_time(splits: Sequence[Any]) -> list[RankingTask]:
+    """The three splits, without the labels that are not known when the next split begins."""
+    learn, validation, test = splits[:3]
+    return [
+        known_by(learn, int(validation.time.min())),
+        known_by(validation, int(test.time.min())),
+        test,  # those past the end of the log are left out already
+    ]
+
+
+def known_by(task: RankingTask, end: int) -> RankingTask:
+    label = task.label.copy()
+    late = (task.time + MONTH > end)[task.owner]
+    label[late, task.tasks.index(WITHIN_30_DAYS)] = np.nan
+    return replace(task, label=label)
+
+
+def first(task: RankingTask, requests: int | None) -> RankingTask:
+    """A sample of a task, spread over it."""
+    if requests is None or requests >= len(task):
+        return task
+    return task.select(np.linspace(0, len(task) - 1, requests).astype(np.int64))
+
+
+def only(task: RankingTask, name: str) -> RankingTask:
+    return replace(task, label=task.label[:, [task.tasks.index(name)]], tasks=(name,))
+
+
+def trained(
+    method: str, config: LifelongConfig, learn: RankingTask, validation: RankingTask, test: RankingTask
+) -> dict[str, Any]:
+    """One network for all tasks, or one a task: selected on the validation, the test read once."""
+    groups = [(name,) for name in learn.tasks] if method == SINGLE else [learn.tasks]
+    found: dict[str, Any] = {"test": {}, "parameters": 0, "seconds": 0.0, "steps": 0}
+    for tasks in groups:
+        parts = [only(split, *tasks) if len(tasks) == 1 else split for split in (learn, validation, test)]
+        balance = METHODS["equal" if method == SINGLE else method](tasks, len(learn.batches(config.requests)))
+        ranker = LifelongRanker.of(parts[0], config).fit(parts[0], parts[1], method=balance)
+        for measured in ranker.evaluate(parts[2]):
+            found["test"][measured.task] = {
+                name: measured.metrics[name] for name in ("gauc", "auc", "log_loss")
+            }
+            found["test"][measured.task]["interval"] = measured.interval
+        found["parameters"] += sum(p.numel() for p in ranker.network.parameters())
+        found["seconds"] += ranker.history["seconds"]
+        found["steps"] += ranker.history["steps"]
+        found["passes"] = balance.passes
+        found["weight"] = balance.weight
+    return found
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    if not out.is_file():
+        return []
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+# -- table -----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    found = Table(title="Several tasks, Complete Journey: GAUC / AUC", box=box.SIMPLE_HEAD)
+    for column in ("method", "heads"):
+        found.add_column(column, no_wrap=True)
+    for column in (*BASKET_TASKS, "Δm %", "parameters", "ms a step", "passes"):
+        found.add_column(column, justify="right")
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["heads"]), []).append(row)
+    for (method, heads), runs in cells.items():
+        alone = {row["seed"]: row["test"] for row in cells.get((SINGLE, heads), [])}
+        deltas = [delta(row["test"], alone[row["seed"]]) for row in runs if row["seed"] in alone]
+        per_task = [
+            " / ".join(spread([row["test"][name][metric] for row in runs]) for metric in ("gauc", "auc"))
+            for name in BASKET_TASKS
+        ]
+        pace = statistics.fmean(1e3 * row["seconds"] / max(row["steps"], 1) for row in runs)
+        found.add_row(method, heads, *per_task, spread(deltas, 2), f"{runs[0]['parameters']:,}",
+                      f"{pace:.0f}", str(runs[0]["passes"]))  # fmt: skip
+    return found
+
+
+def delta(ours: dict[str, Any], single: dict[str, Any]) -> float:
+    """Δm: the mean relative change of GAUC, in percent."""
+    return statistics.fmean(100 * (ours[t]["gauc"] / single[t]["gauc"] - 1) for t in BASKET_TASKS)
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """mean ± standard deviation over seeds."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}".removeprefix("0")
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
