@@ -147,6 +147,15 @@ def test_soft_search_finds_the_highest(embed, past, indexed, training):
     assert (found[2] == -1).all()
 
 
+def test_the_soft_search_begins_as_likeness(embed, past):
+    """Whatever the seed, r_i of an item with itself is positive and is e·e where the projection holds all of e."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        unit = SimSoft(embed, search_width=embed.inherent_width)
+        e = embed.inherent(torch.arange(N))
+        torch.testing.assert_close((unit.query(e) * unit.key(e)).sum(-1), e.square().sum(-1))
+
+
 def test_soft_search_of_low_precision_training_is_that_of_serving(embed, past):
     unit = SimSoft(embed, k=4)
     with torch.autocast("cpu", torch.bfloat16):
