@@ -4,7 +4,8 @@
 
 In `tiglon.data.lives.planted` twenty behaviours decide a candidate: of its topic and watched to the end. A hundredth
 of the life are decoys of the same topic, watched badly, and the newest fifty tell nothing. Every unit learns on lives
-of --learn behaviours and is asked at each length, on other users. "found" is the share of deciding behaviours
+of --learn behaviours with --decoys of each candidate's topic, more than a search keeps, and is asked at each length,
+on other users. "found" is the share of deciding behaviours
 among those that a two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
 
 TWIN V2 learns behaviour by behaviour and is asked on clustered lives, in five groups of completion, uncapped;
@@ -41,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--units", nargs="+", default=list(UNITS))
     parser.add_argument("--learn", type=int, default=1_000, help="behaviours of a life in training")
+    parser.add_argument("--decoys", type=int, default=150, help="of each candidate, in training")
     parser.add_argument("--requests", type=int, default=6_400, help="to learn from")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--v2-length", type=int, default=1_000_000)
@@ -55,7 +57,7 @@ def main() -> None:
         if given.out and given.out.is_file()
         else []
     )
-    learn = planted(given.learn, given.requests, DECIDING, seed=1)
+    learn = planted(given.learn, given.requests, DECIDING, seed=1, decoys=given.decoys)
     rankers: dict[tuple[str, int], LifelongRanker] = {}
     for length in [*given.lengths, given.v2_length]:
         world = None
@@ -66,6 +68,7 @@ def main() -> None:
                     "length": length,
                     "seed": seed,
                     "learn": given.learn,
+                    "decoys": given.decoys,
                     "requests": given.requests,
                 }
                 if any(key.items() <= row.items() for row in rows):
