@@ -226,7 +226,8 @@ class Engine:
         """Whether the budget leaves no time for a stage; if so, `degraded` says it."""
         if self._left(asking) >= self.pace.get(stage, 0.0):
             return False
-        self.pace[stage] *= 0.95  # a stage that was slow once is tried again
+        if stage in self.pace:
+            self.pace[stage] *= 0.95  # a stage that was slow once is tried again
         asking.degraded.append(f"{stage} skipped: time budget")
         return True
 
