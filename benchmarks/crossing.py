@@ -193,11 +193,23 @@ def late(source: Source, seed: int = 0) -> Source:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """mean ± standard deviation over seeds."""
-    if not rows:
-        return
-    asked = rows[0]["requests"]
-    yield _table("Crossing layers", rows, CROSSING, {
+    """mean ± standard deviation over seeds; rows of other budgets stand in tables of their own."""
+    for budget in dict.fromkeys(_budget(row) for row in rows):
+        yield from _tables([row for row in rows if _budget(row) == budget])
+
+
+def _budget(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["settings"]["train"]["minutes"], row["learned_from"]["all"], row["requests"]["all"]
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    asked, learned, minutes = (
+        rows[0]["requests"],
+        rows[0]["learned_from"],
+        rows[0]["settings"]["train"]["minutes"],
+    )
+    budget = f"{learned['all']:,} requests, {f'{minutes:g} minutes' if minutes else 'all epochs'}"
+    yield _table(f"Crossing layers; {budget}", rows, CROSSING, {
         "GAUC": lambda row: row["test"]["all"]["gauc"],
         "NDCG@10": lambda row: row["test"]["all"]["ndcg@10"],
         "log loss": lambda row: row["test"]["all"]["log_loss"],
