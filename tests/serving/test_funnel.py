@@ -204,6 +204,14 @@ def test_targets_that_nobody_found_count_against_a_list():
     assert lists.ndcg(np.ones(1)) == pytest.approx(1 / (1 + 1 / np.log2(3) + 1 / 2))
 
 
+def test_the_sum_of_neighbours_is_what_it_says_alone(bundle):
+    """Its parts are not looked up twice; also for who has none, and where popularity stands in."""
+    lives = bundle.histories.before([3, -1, 7])
+    pool = gather(bundle.sources(True), lives, 40, bundle.funnel_config, k=40, extra=np.arange(40))
+    for r, retriever in enumerate(bundle.sources(True)[:4]):
+        assert np.array_equal(pool.score[:, r].reshape(3, 40), retriever.score(lives))
+
+
 def test_untrained_the_places_alone_count():
     names = funnels.feature_names(["a", "b"])
     weight = dict(zip(names, Fusion.untrained(["a", "b"]).weight.tolist(), strict=True))

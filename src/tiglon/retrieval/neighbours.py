@@ -121,12 +121,21 @@ class CatalogueScorer(Retriever):
 
     def score(self, histories: Histories) -> np.ndarray:
         """Scores (B, N) float32 of the whole catalogue, 0 … 1 (or 2), in memory at once."""
+        return self.or_popularity(self.evidence(histories))
+
+    def evidence(self, histories: Histories) -> np.ndarray:
+        """The same, but all 0 in a row where the history tells nothing."""
         self._require_fitted()
         require_dense(histories, len(self.items))
-        scores = self._evidence(histories)
-        silent = scores.max(axis=1, initial=0) <= 0
-        scores[silent] = self.counts / max(self.counts.max(initial=0), 1)
-        return scores
+        return self._evidence(histories)
+
+    def or_popularity(self, evidence: np.ndarray) -> np.ndarray:
+        """Evidence (B, N) as scores: popularity stands where there is none."""
+        silent = evidence.max(axis=1, initial=0) <= 0
+        if not silent.any():
+            return evidence
+        popular = (self.counts / max(self.counts.max(initial=0), 1)).astype(np.float32)
+        return np.where(silent[:, None], popular, evidence)
 
     def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
         """The k best items for each history; the items of a row are those of the user alone."""

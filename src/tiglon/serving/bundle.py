@@ -53,10 +53,13 @@ from tiglon.errors import (
 from tiglon.evaluation.protocol import Evaluation, evaluate, to_json
 from tiglon.ranking.model import LifelongRanker
 from tiglon.retrieval.behaviour import BehaviourVectors
+from tiglon.retrieval.comirec import ComiRec
+from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec
 from tiglon.retrieval.tiger import Tiger
+from tiglon.retrieval.two_tower import TwoTower
 from tiglon.semantic_ids import tokenizer as tokenizers
 from tiglon.semantic_ids.random_ids import RandomIds
 from tiglon.semantic_ids.report import IdReport, report
@@ -73,7 +76,10 @@ FORMAT = 1
 
 # Retrievers beside TIGER and the baselines: the class that retriever.json names → who reads the folder.
 READERS: dict[str, Callable[[Path], Retriever]] = {
+    "ComiRec": ComiRec.load,
+    "Mind": Mind.load,
     "SasRec": SasRec.load,
+    "TwoTower": TwoTower.load,
 }
 
 

@@ -37,7 +37,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from tiglon.errors import ConfigError, DataError
-from tiglon.retrieval.neighbours import CatalogueScorer, moments_ago
+from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, moments_ago
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.topk import tie_order, top_items
 from tiglon.serving.remembered import Remembered
@@ -132,6 +132,7 @@ def gather(
     items: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     matrices: dict[int, np.ndarray] = {}
+    evidence: dict[Retriever, np.ndarray] = {}
     for r, retriever in enumerate(retrievers):
         if retriever.name in skip:
             items.append(np.empty((B, 0), np.int64))
@@ -140,7 +141,12 @@ def gather(
         began = time.perf_counter()
         if isinstance(retriever, CatalogueScorer):
             known = len(retriever.items)
-            matrices[r] = matrix = retriever.score(_known(histories, known, stand_in))
+            if isinstance(retriever, NeighbourSum) and {retriever.text, retriever.together} <= set(evidence):
+                told = evidence[retriever.text] + evidence[retriever.together]  # looked up just now
+            else:
+                told = retriever.evidence(_known(histories, known, stand_in))
+            evidence[retriever] = told
+            matrices[r] = matrix = retriever.or_popularity(told)
             hidden = owner, histories.item
             if known < n_items:
                 there = histories.item < known
