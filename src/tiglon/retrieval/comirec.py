@@ -15,7 +15,8 @@ Deviations:
 - a position is a number of moments back, not a place in the file: the items of one basket share it;
 - the softmax runs over the whole catalogue up to 50,000 items, and over drawn ones, corrected, beyond (paper:
   10 drawn items a target);
-- the matrices of DR begin orthogonal; only the last round of its routing has a gradient;
+- the matrices of DR begin as the identity and noise, so that at first an interest is near the items that it
+  came from; only the last round of routing has a gradient;
 - interests times one learned scale; an empty history has one learned interest (`towers.InterestNetwork`).
 
 Letters: B users, K interests, L history, D width, A width of the attention, N items, k items of a list.
@@ -69,9 +70,8 @@ class DynamicRouting(nn.Module):
     def __init__(self, config: ComiRecConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.matrix = nn.Parameter(torch.empty(c.window, c.interests, c.width, c.width))
-        for matrix in self.matrix.flatten(0, 1):
-            nn.init.orthogonal_(matrix)
+        noise = torch.randn(c.window, c.interests, c.width, c.width) * (0.5 * c.width**-0.5)
+        self.matrix = nn.Parameter(torch.eye(c.width) + noise)
 
     def forward(self, x_BLD: Tensor, position_BL: Tensor, mask_BL: Tensor) -> Tensor:
         c, (users, length, width) = self.config, x_BLD.shape
