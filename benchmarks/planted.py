@@ -8,8 +8,8 @@ of --learn behaviours with --decoys of each candidate's topic, more than a searc
 on other users. "found" is the share of deciding behaviours
 among those that a two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
 
-TWIN V2 learns behaviour by behaviour and is asked on clustered lives, in five groups of completion, uncapped;
-it alone is asked at --v2-length too. `--out` keeps the rows; those that stand there are not run again.
+TWIN V2 learns from half of the requests behaviour by behaviour, and from the rest, as it is asked, on lives clustered by
+its own item vectors in five groups of completion, uncapped; it alone is asked at --v2-length too. `--out` keeps the rows; those that stand there are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 from machine import machine_line
 
+from tiglon.data.histories import HistoryStore
 from tiglon.data.lives import Planted, planted
+from tiglon.data.ranking import RankingTask
 from tiglon.evaluation.ranking import auc
 from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.clusters import ClusterConfig, Groups
@@ -41,9 +44,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--units", nargs="+", default=list(UNITS))
-    parser.add_argument("--learn", type=int, default=1_000, help="behaviours of a life in training")
-    parser.add_argument("--decoys", type=int, default=150, help="of each candidate, in training")
-    parser.add_argument("--requests", type=int, default=6_400, help="to learn from")
+    parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
+    parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
+    parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--v2-length", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -96,18 +99,28 @@ def asked(length: int, learn: Planted) -> Planted:
 def learned(unit: str, learn: Planted, seed: int) -> LifelongRanker:
     train = TrainConfig(epochs=1, lr=3e-3, bfloat16=False, average=0.0, weight_decay=0.0, seed=seed)
     config = LifelongConfig(long=unit, short="none", train=train, requests=16)
-    return LifelongRanker.of(learn.task, config).fit(learn.task)
+    ranker, half = LifelongRanker.of(learn.task, config), np.arange(len(learn.task)) % 2 == 0
+    if unit != CLUSTERED:
+        return ranker.fit(learn.task)
+    ranker.fit(learn.task.select(half))
+    return ranker.fit(replace(learn.task, store=clustered(ranker, learn.task)).select(~half))
+
+
+def clustered(ranker: LifelongRanker, task: RankingTask) -> ClusterStore:
+    """The lives of a task, by the ranker's item vectors and the buckets of completion."""
+    assert isinstance(task.store, HistoryStore)
+    ranker.histories = task.store
+    last = task.features.cross_sizes[1]
+    groups = Groups("completion", tuple(np.linspace(1, last, 6)[1:-1].round().tolist()))
+    return ranker.cluster(int(task.time.min()), groups, config=ClusterConfig(cap=None))
 
 
 def measured(ranker: LifelongRanker, world: Planted) -> dict[str, Any]:
     """AUC over candidates; the share of the deciding behaviours of positive ones that were attended to."""
-    task, members = world.task, None
+    task, members = world.task, list[list[np.ndarray]]()
     if ranker.config.long == CLUSTERED:
-        ranker.histories = task.store
-        codes = task.features.cross_sizes[1]
-        groups = Groups("completion", tuple(np.linspace(1, codes, 6)[1:-1].round().tolist()))
-        store = ranker.cluster(int(task.time.min()), groups, config=ClusterConfig(cap=None))
-        task, members = task.__class__(**{**task.__dict__, "store": store}), members_of(store)
+        store = clustered(ranker, task)
+        task, members = replace(task, store=store), members_of(store)
     logit, hits = [], []
     at = 0
     with torch.inference_mode():
@@ -119,7 +132,7 @@ def measured(ranker: LifelongRanker, world: Planted) -> dict[str, Any]:
                 B, K = batch.item.shape
                 rows = chosen.expand(B, K, -1).numpy().reshape(B * K, -1)
                 hits += [
-                    share(row, world.positions[at + i], members and members[(at + i) // K])
+                    share(row, world.positions[at + i], members[(at + i) // K] if members else None)
                     for i, row in enumerate(rows)
                 ]
             at += batch.item.numel()
