@@ -74,12 +74,12 @@ def main() -> None:
     lines = given.out.read_text(encoding="utf-8").splitlines() if given.out.exists() else []
     rows = [json.loads(line) for line in lines]
     parts = ["validation"] if given.no_test else ["validation", "test"]
+    budget = {"minutes": given.minutes, "threads": given.threads, "users": given.users, "parts": parts}
     for folder in given.folders:
         prepared: tuple[Split, Vocabulary, np.ndarray] | None = None
         for seed in map(int, given.seeds.split(",")):
             for name in names:
-                run = {"data": folder.name, "name": name, "seed": seed, "minutes": given.minutes}
-                run |= {"threads": given.threads, "users": given.users, "parts": parts}
+                run = {"data": folder.name, "name": name, "seed": seed} | budget
                 if any(run.items() <= row.items() for row in rows):
                     continue
                 prepared = prepared or read(folder)
@@ -88,7 +88,7 @@ def main() -> None:
                     file.write(json.dumps(rows[-1]) + "\n")
         for part in parts:
             for mode in ("unmasked", "masked"):
-                mine = [r for r in rows if r["data"] == folder.name and part in r["results"]]
+                mine = [row for row in rows if ({"data": folder.name} | budget).items() <= row.items()]
                 console.print(table(mine, part, mode, f"{folder.name}, {part}, {mode}"))
 
 
