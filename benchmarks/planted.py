@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
     parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--v2-length", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -73,12 +74,13 @@ def main() -> None:
                     "learn": given.learn,
                     "decoys": given.decoys,
                     "requests": given.requests,
+                    "epochs": given.epochs,
                 }
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 world = world or asked(length, learn)
                 if (unit, seed) not in rankers:
-                    rankers[unit, seed] = learned(unit, learn, seed)
+                    rankers[unit, seed] = learned(unit, learn, seed, given.epochs)
                 row = key | measured(rankers[unit, seed], world)
                 rows.append(row)
                 found = "" if row["found"] is None else f", found {row['found']:.3f}"
@@ -96,8 +98,8 @@ def asked(length: int, learn: Planted) -> Planted:
     return planted(length, requests, DECIDING, seed=2, features=learn.task.features)
 
 
-def learned(unit: str, learn: Planted, seed: int) -> LifelongRanker:
-    train = TrainConfig(epochs=1, lr=3e-3, bfloat16=False, average=0.0, weight_decay=0.0, seed=seed)
+def learned(unit: str, learn: Planted, seed: int, epochs: int) -> LifelongRanker:
+    train = TrainConfig(epochs=epochs, lr=3e-3, bfloat16=False, average=0.0, weight_decay=0.0, seed=seed)
     config = LifelongConfig(long=unit, short="none", train=train, requests=16)
     ranker, half = LifelongRanker.of(learn.task, config), np.arange(len(learn.task)) % 2 == 0
     if unit != CLUSTERED:
