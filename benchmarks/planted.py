@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
     parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--v2-length", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
