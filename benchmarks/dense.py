@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--users", type=int, help="measure a sample of so many users, for a quick look")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="keep what is trained, in DIR/name-seed")
     parser.add_argument("--no-test", action="store_true", help="stop after the validation")
     given = parser.parse_args()
     names = given.only.split(",")
@@ -83,7 +84,10 @@ def main() -> None:
                 if any(run.items() <= row.items() for row in rows):
                     continue
                 prepared = prepared or read(folder)
-                rows.append(run | measure(name, seed, given.minutes, prepared, parts, given.users, console))
+                rows.append(
+                    run
+                    | measure(name, seed, given.minutes, prepared, parts, given.users, given.save, console)
+                )
                 with given.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
         for part in parts:
@@ -105,6 +109,7 @@ def measure(
     prepared: tuple[Split, Vocabulary, np.ndarray],
     parts: list[str],
     users: int | None,
+    save: Path | None,
     console: Console,
 ) -> dict[str, Any]:
     """One run: its curve, what it costs, and its numbers on each part, both modes."""
@@ -127,8 +132,9 @@ def measure(
             kept = {key: value for key, value in found.metrics.items() if key in KEPT or "[" in key}
             results.setdefault(part, {})[mode] = {key: None if v != v else v for key, v in kept.items()}
     with tempfile.TemporaryDirectory() as folder:
-        retriever.save(Path(folder) / "kept")
-        megabytes = sum(file.stat().st_size for file in (Path(folder) / "kept").iterdir()) / 1e6
+        kept_in = (save or Path(folder)) / f"{name}-{seed}"
+        retriever.save(kept_in)
+        megabytes = sum(file.stat().st_size for file in kept_in.iterdir()) / 1e6
     return {
         "results": results,
         "curve": [(line["epoch"], line["score"]) for line in retriever.history["history"]],

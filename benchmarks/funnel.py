@@ -1,10 +1,11 @@
 """Does the funnel beat each of its retrievers, and the training-free sum?
 
-    python benchmarks/funnel.py DATA/amazon2014-beauty --tiger runs/beauty-0/tiger [--users 2000]
+    python benchmarks/funnel.py DATA/amazon2014-beauty --tiger runs/beauty-0/tiger [--also runs/two_tower …]
     python benchmarks/funnel.py complete-journey --tiger demo/complete-journey/tiger
 
 FOLDER holds interactions.parquet and items.parquet; --tiger is a model that was trained on the same split
-(`benchmarks/tiger.py`, or the folder `tiger` of a bundle), without it the funnel has the baselines alone.
+(`benchmarks/tiger.py`, or the folder `tiger` of a bundle), --also are others (`benchmarks/dense.py --save`); without
+them the funnel has the baselines alone.
 The fusion learns on half of at most --learn users' validation targets and selects its penalty on the other
 half; the test is read once. Prints a table with 95% intervals, seen items masked and not, the paired
 difference to the best other row, and the weights; --users samples the users who are tested, and --json keeps
@@ -31,6 +32,7 @@ from tiglon.recipes import Reporter
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.tiger import Tiger
+from tiglon.serving.bundle import load_retriever
 from tiglon.serving.funnel import Funnel, FunnelConfig, learn
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
@@ -40,6 +42,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("data", metavar="FOLDER|complete-journey")
     arguments.add_argument("--tiger", type=Path, metavar="DIR")
+    arguments.add_argument("--also", type=Path, nargs="+", default=[], metavar="DIR")
     arguments.add_argument("--users", type=int, help="who are tested; default: all")
     arguments.add_argument("--learn", type=int, default=FunnelConfig.users, help="who teach and select")
     arguments.add_argument("--shown", action="store_true", help="only with seen items shown")
@@ -59,6 +62,7 @@ def main() -> None:
     baselines: list[Retriever] = [popularity, total.text, total.together, total]
     repeats = Repeats().fit(split.train, items)
     trained: list[Retriever] = [] if given.tiger is None else [Tiger.load(given.tiger)]
+    trained += [load_retriever(folder) for folder in given.also]
     config = FunnelConfig(users=given.learn)
     console = Console(width=120, highlight=False)
     console.print(machine_line())

@@ -478,7 +478,7 @@ class Bundle:
                 fusions=fusions,
                 funnel_config=funnel_config,
                 ranker=LifelongRanker.load(path / "ranker") if (path / "ranker").is_dir() else None,
-                others={n: _retriever(path / "retrievers" / n) for n in manifest.get("retrievers", [])},
+                others={n: load_retriever(path / "retrievers" / n) for n in manifest.get("retrievers", [])},
                 manifest=manifest,
                 path=path,
             )
@@ -522,7 +522,8 @@ def _joined(retriever: Retriever, items: Vocabulary, vectors: np.ndarray) -> Ret
     return grown
 
 
-def _retriever(folder: Path) -> Retriever:
+def load_retriever(folder: Path) -> Retriever:
+    """Any that `READERS` knows, with what it learned. Raises BundleVersionError for another."""
     kind = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))["kind"]
     if kind not in READERS:
         raise BundleVersionError(
