@@ -47,7 +47,7 @@ from tiglon.serving.state import LmdbState
 
 # Workers are copies of a process that has imported everything and done nothing else: they start at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tiglon.serving.publish", "tiglon.serving.changes", "tiglon.serving.state"])
+FORKS.set_forkserver_preload(["tiglon.serving.engine", "tiglon.serving.publish", "tiglon.serving.changes"])
 FIRST_NEW = 10**6  # an item id; the synthetic catalogue stays below
 BATCH, USERS = 20, 5
 SMALL = {
@@ -62,6 +62,7 @@ SMALL = {
     "train.epochs": "1",
     "train.evaluations": "1",
     "beams": "10",
+    "sasrec.train.epochs": "1",
 }
 
 Tell = Callable[[Any], None]
