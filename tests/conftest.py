@@ -27,6 +27,11 @@ TINY = {
     "sasrec.layers": "1",
     "sasrec.train.epochs": "1",
     "sasrec.train.evaluations": "1",
+    "two_tower.width": "8",
+    "two_tower.hidden": "16",
+    "two_tower.uniform": "8",
+    "two_tower.train.epochs": "1",
+    "two_tower.train.evaluations": "1",
 }
 
 

@@ -167,6 +167,7 @@ def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_t
         "text + co-occurrence",
         "tiger",
         "sasrec",
+        "two_tower",
         "funnel",
     ]
     assert bundle.recipe["tiger"]["train"]["epochs"] == 2

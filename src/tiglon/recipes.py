@@ -2,7 +2,8 @@
 
 A recipe is a function of the data's size that returns frozen settings. `train` runs it:
 
-    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → SASRec → baselines → funnel → test → bundle
+    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → SASRec → two towers → baselines
+         → funnel → test → bundle
 
 A ranking recipe is the settings themselves; `train_ranker` runs it:
 
@@ -42,10 +43,12 @@ from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
 from tiglon.ranking.units import UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
+from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.tiger_paper import PaperConfig
+from tiglon.retrieval.two_tower import TwoTower, TwoTowerConfig
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.kmeans import ResidualKMeans
 from tiglon.semantic_ids.lsh import LSH
@@ -91,6 +94,7 @@ class Recipe:
     ids: IdsConfig = field(default_factory=IdsConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
     sasrec: SasRecConfig = field(default_factory=SasRecConfig)
+    two_tower: TwoTowerConfig = field(default_factory=TwoTowerConfig)
     funnel: FunnelConfig = field(default_factory=FunnelConfig)
     exclude_seen: bool | None = None  # never recommend what a user had; None: unless the log repeats itself
 
@@ -117,6 +121,7 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
         ids=IdsConfig(codes=256 if items > 2_000 else 64),
         tiger=settings,
         sasrec=_sasrec(events, items),
+        two_tower=_two_tower(events),
     )
 
 
@@ -128,6 +133,13 @@ def _sasrec(events: int, items: int) -> SasRecConfig:
     )
     small = SasRecConfig(width=64, heads=2, hidden=256, train=training)
     return small if events < 50_000 else SasRecConfig(train=training)
+
+
+def _two_tower(events: int) -> TwoTowerConfig:
+    """A few minutes of one core, whatever the catalogue: its negatives are those of the batch."""
+    training = TrainConfig(epochs=min(10, max(1, 600_000 // max(events, 1))), evaluations=4)
+    small = TwoTowerConfig(width=64, hidden=256, train=training)
+    return small if events < 50_000 else TwoTowerConfig(train=replace(training, minutes=5.0))
 
 
 def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
@@ -148,6 +160,7 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
         ids=IdsConfig(tokenizer="rqvae", behaviour=0.0),
         tiger=settings,
         sasrec=_sasrec(events, items),
+        two_tower=_two_tower(events),
         exclude_seen=False,
     )
 
@@ -340,7 +353,8 @@ def train(
         )
     settings = override(recipe(len(split.train), len(catalogue)), changes or {})
     if minutes is not None:
-        shares = {"train.minutes": f"{0.8 * minutes}", "sasrec.train.minutes": f"{0.2 * minutes}"}
+        parts = {"train": 0.7, "sasrec.train": 0.15, "two_tower.train": 0.15}
+        shares = {f"{part}.minutes": f"{share * minutes}" for part, share in parts.items()}
         settings = override(settings, shares)
     settings = _mask_rule(settings, log, reporter)
     reporter.say(
@@ -356,13 +370,18 @@ def train(
     count = sum(p.numel() for p in model.network.parameters())
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
-    silent = text.silent and text.behaviour is None
-    dense = SasRec(catalogue.vocabulary, settings.sasrec, vectors=None if silent else vectors)
-    reporter.say(
-        f"{dense.name} with {sum(p.numel() for p in dense.network.parameters()) / 1e6:.1f} M parameters"
-    )
-    (work / "sasrec").mkdir(exist_ok=True)
-    dense.fit(split.train, split.validation, directory=work / "sasrec", report=_bar(reporter))
+    content = None if text.silent and text.behaviour is None else vectors
+    others: dict[str, Retriever] = {}
+    for dense in (
+        SasRec(catalogue.vocabulary, settings.sasrec, content),
+        TwoTower(catalogue.vocabulary, settings.two_tower, content),
+    ):
+        count = sum(p.numel() for p in dense.network.parameters())
+        reporter.say(f"{dense.name} with {count / 1e6:.1f} M parameters")
+        (work / dense.name).mkdir(exist_ok=True)
+        others[dense.name] = dense.fit(
+            split.train, split.validation, directory=work / dense.name, report=_bar(reporter)
+        )
 
     reporter.say("Fitting the retrievers without training …")
     config = TextConfig(template=settings.text.template or text_template(catalogue))
@@ -379,7 +398,7 @@ def train(
         exclude_seen=bool(settings.exclude_seen),
         recipe=asdict(settings),
         metrics={},
-        others={dense.name: dense},
+        others=others,
     )
     reporter.say("Learning how to order what they find …")
     bundle = bundle.with_funnel(

@@ -50,7 +50,7 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "sasrec": lambda log, items: SasRec(
         items.vocabulary, SasRecConfig(width=16, heads=2, hidden=32, layers=1, train=TINY.train)
     ).fit(log),
-    "two towers": lambda log, items: TwoTower(
+    "two_tower": lambda log, items: TwoTower(
         items.vocabulary, TwoTowerConfig(width=16, hidden=16, uniform=8, users=5, train=TINY.train)
     ).fit(log),
     "mind": lambda log, items: Mind(

@@ -85,8 +85,9 @@ def test_the_funnel_asks_what_the_bundle_holds(bundle):
         "text + co-occurrence",
         "tiger",
         "sasrec",
+        "two_tower",
     ]
-    assert list(bundle.others) == bundle.manifest["retrievers"] == ["sasrec"]
+    assert list(bundle.others) == bundle.manifest["retrievers"] == ["sasrec", "two_tower"]
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5])

@@ -127,7 +127,7 @@ class TwoTower(DenseRetriever):
     TwoTower(items.vocabulary, vectors=vectors).fit(split.train, split.validation)
     """
 
-    name = "two towers"
+    name = "two_tower"
     Config = TwoTowerConfig
     config: TwoTowerConfig
 
