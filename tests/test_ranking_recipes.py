@@ -249,4 +249,4 @@ def test_a_damaged_ranker_is_one_clean_message(tiglon, tmp_path):
     (tmp_path / "ranker.json").write_text("{")
     status, _, stderr = tiglon("evaluate", tmp_path)
     assert status == 1
-    assert stderr.startswith("error: the ranker in")
+    assert stderr.startswith("error: a ranker in")

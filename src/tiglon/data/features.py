@@ -43,10 +43,9 @@ import polars as pl
 
 from tiglon.data.crossing import CrossId
 from tiglon.data.events import require_columns
-from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore, offsets_of
 from tiglon.errors import (
-    BundleDamagedError,
-    BundleVersionError,
     ConfigError,
     DataError,
     LeakageError,
@@ -482,14 +481,14 @@ class FittedFeatures:
     def load(cls, directory: str | Path) -> FittedFeatures:
         """Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "features.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"features of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "features.json",
+            FORMAT,
+            what="features",
+            rule="The folder has features.json, categories.parquet, item_codes.npy and user_codes.npy",
+            fix="Fit them anew on the training log",
+        ) as about:
             table = pl.read_parquet(directory / "categories.parquet")
             coders: dict[str, Coder] = {
                 name: Buckets(np.array(values, np.float64)) for name, values in about["boundaries"].items()
@@ -501,12 +500,6 @@ class FittedFeatures:
             schema = FeatureSchema(Feature(**feature) for feature in about["features"])
             item_codes = np.load(directory / "item_codes.npy")
             return cls(schema, coders, item_codes, np.load(directory / "user_codes.npy"))
-        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            raise BundleDamagedError(
-                f"features in {directory} cannot be read: {error}",
-                rule="The folder has features.json, categories.parquet, item_codes.npy and user_codes.npy",
-                fix="Fit them anew on the training log",
-            ) from error
 
 
 def gaps(past: Histories, time: np.ndarray) -> np.ndarray:

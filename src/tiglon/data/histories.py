@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +25,8 @@ import pyarrow.parquet as pq
 from numba import njit
 
 from tiglon.data.events import clean_ids, clean_times, require_columns, tidy
-from tiglon.errors import (
-    BundleDamagedError,
-    BundleVersionError,
-    ConfigError,
-    DataError,
-    SchemaError,
-    StorageError,
-)
+from tiglon.data.folders import reading, written_aside
+from tiglon.errors import ConfigError, DataError, SchemaError
 from tiglon.types import MISSING, Histories, Interactions, Vocabulary, user_names
 
 FORMAT = 1
@@ -159,14 +150,14 @@ class HistoryStore:
         Raises BundleDamagedError, BundleVersionError.
         """
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "histories.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"histories of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "histories.json",
+            FORMAT,
+            what="histories",
+            rule="A history store has histories.json, users, items, offsets, item, time and its features",
+            fix="Build it anew from the log",
+        ) as about:
             users = Vocabulary(pq.read_table(directory / "users.parquet")["user_id"])
             items = Vocabulary(pq.read_table(directory / "items.parquet")["item_id"])
             features = {
@@ -176,12 +167,6 @@ class HistoryStore:
             return cls(
                 users, items, offsets, _map(directory / "item.npy"), _map(directory / "time.npy"), features
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleDamagedError(
-                f"histories in {directory} cannot be read: {error}",
-                rule="A history store has histories.json, users, items, offsets, item, time and its features",
-                fix="Build it anew from the log",
-            ) from error
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
@@ -351,41 +336,6 @@ class _GrowingArray:
 
 
 # -- files ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written_aside(directory: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `directory` when the block ends well, and vanishes otherwise.
-
-    Raises StorageError where the disk refuses.
-    """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise _refused(directory, error) from error
-    try:
-        yield aside
-        aside.chmod(0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-            os.replace(directory, old / "old")
-            os.replace(aside, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, directory)
-    except OSError as error:
-        raise _refused(directory, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refused(directory: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{directory} could not be written: {error}",
-        rule="Nothing was changed there",
-        fix="Free some space or choose another place",
-    )
 
 
 def _write(file: Any, values: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import polars as pl
 
 from tiglon.data.events import read_table, require_columns, typed_column
-from tiglon.data.histories import written_aside
+from tiglon.data.folders import written_aside
 from tiglon.errors import ConfigError, DataError, MissingExtraError, StorageError, did_you_mean
 
 

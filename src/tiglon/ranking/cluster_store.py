@@ -28,7 +28,8 @@ import polars as pl
 from numba import njit
 
 from tiglon.data.features import FittedFeatures
-from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.data.folders import written_aside
+from tiglon.data.histories import HistoryStore, offsets_of
 from tiglon.errors import (
     BundleDamagedError,
     BundleVersionError,

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tiglon.data.features import FittedFeatures
-from tiglon.data.histories import HistoryStore, offsets_of, written_aside
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore, offsets_of
 from tiglon.data.ranking import Lives, RankingTask
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, did_you_mean
+from tiglon.errors import BundleDamagedError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.cluster_store import ClusterStore
@@ -395,14 +395,14 @@ class LifelongRanker:
     def load(cls, directory: str | Path) -> LifelongRanker:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "ranker.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"a ranker of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "ranker.json",
+            FORMAT,
+            what="a ranker",
+            rule="A ranker has ranker.json, network.safetensors, features, histories and perhaps clusters",
+            fix="Copy the folder again, or train anew",
+        ) as about:
             features = FittedFeatures.load(directory / "features")
             histories = HistoryStore.load(directory / "histories")
             self = cls(features, histories, about["tasks"], _config(about["config"]))
@@ -412,14 +412,6 @@ class LifelongRanker:
                 self.clusters = ClusterStore.load(directory / "clusters", histories)
             if self.version != about["version"]:
                 raise ValueError(f"weights {self.version} where {about['version']} were saved")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, (BundleDamagedError, BundleVersionError)):
-                raise
-            raise BundleDamagedError(
-                f"the ranker in {directory} cannot be read: {error}",
-                rule="A ranker has ranker.json, network.safetensors, features, histories and perhaps clusters",
-                fix="Copy the folder again, or train anew",
-            ) from error
         return self
 
     def requests(self, directory: str | Path, name: str) -> RankingTask:

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tiglon.data.histories import HistoryStore, written_aside
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.index import ExactIndex, Index
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -239,14 +239,14 @@ class DenseRetriever(Retriever):
     def load(cls, directory: str | Path) -> Self:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"a retriever of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "retriever.json",
+            FORMAT,
+            what="a retriever",
+            rule=f"A {cls.__name__} has retriever.json, items.parquet and network.safetensors",
+            fix="Copy the folder again, or fit anew",
+        ) as about:
             if about["kind"] != cls.__name__:
                 raise BundleDamagedError(
                     f"{directory} holds a {about['kind']}", rule=f"{cls.__name__}.load reads its own kind"
@@ -257,14 +257,6 @@ class DenseRetriever(Retriever):
             if "items.content" in tensors:
                 self.network = self._network(tensors["items.content"].shape[1]).eval()
             self.network.load_state_dict(tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, (BundleDamagedError, BundleVersionError)):
-                raise
-            raise BundleDamagedError(
-                f"the retriever in {directory} cannot be read: {error}",
-                rule=f"A {cls.__name__} has retriever.json, items.parquet and network.safetensors",
-                fix="Copy the folder again, or fit anew",
-            ) from error
         return self
 
     @classmethod

@@ -44,12 +44,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiglon.data.histories import HistoryStore, written_aside
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
@@ -404,14 +404,14 @@ class Eager(Retriever):
     def load(cls, directory: str | Path) -> Eager:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"a retriever of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "retriever.json",
+            FORMAT,
+            what="a retriever",
+            rule="An Eager has retriever.json, items.parquet, network.safetensors and a folder a stream",
+            fix="Copy the folder again, or fit anew",
+        ) as about:
             settings = about["config"]
             training = settings.pop("train")
             training["betas"] = tuple(training["betas"])
@@ -426,14 +426,6 @@ class Eager(Retriever):
             self = cls(ids, items, config)
             self._assemble(about["widths"])
             self.network.load_state_dict(load_file(directory / "network.safetensors"))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, (BundleDamagedError, BundleVersionError)):
-                raise
-            raise BundleDamagedError(
-                f"the retriever in {directory} cannot be read: {error}",
-                rule="An Eager has retriever.json, items.parquet, network.safetensors and a folder a stream",
-                fix="Copy the folder again, or fit anew",
-            ) from error
         return self
 
 

@@ -34,14 +34,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 from numba import njit
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore
 from tiglon.data.split import moment_starts
 from tiglon.data.text import render
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.topk import best_places, require_dense, tie_order, top_items
 from tiglon.types import Candidates, Histories, Interactions, Items, Vocabulary
@@ -165,14 +165,14 @@ class CatalogueScorer(Retriever):
     def load(cls, directory: str | Path) -> Self:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"a retriever of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "retriever.json",
+            FORMAT,
+            what="a retriever",
+            rule="A retriever has retriever.json, items.parquet and arrays.safetensors",
+            fix="Copy the folder again, or fit anew",
+        ) as about:
             if about["kind"] != cls.__name__:
                 raise BundleDamagedError(
                     f"{directory} holds a {about['kind']}", rule=f"{cls.__name__}.load reads its own kind"
@@ -182,12 +182,6 @@ class CatalogueScorer(Retriever):
             arrays = load_file(directory / "arrays.safetensors")
             self.counts = arrays.pop("counts")
             self._restore(arrays)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise BundleDamagedError(
-                f"the retriever in {directory} cannot be read: {error}",
-                rule="A retriever has retriever.json, items.parquet and arrays.safetensors",
-                fix="Copy the folder again, or fit anew",
-            ) from error
         return self
 
     def _learn(self, interactions: Interactions, items: Items) -> None:

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiglon.data.histories import HistoryStore, written_aside
-from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
+from tiglon.data.folders import reading, written_aside
+from tiglon.data.histories import HistoryStore
+from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import beam_search
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -320,14 +320,14 @@ class Tiger(Retriever):
     def load(cls, directory: str | Path) -> Tiger:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         directory = Path(directory)
-        try:
-            about = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise BundleVersionError(
-                    f"a retriever of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
-                )
+        with reading(
+            directory,
+            "retriever.json",
+            FORMAT,
+            what="a retriever",
+            rule="A Tiger has retriever.json, items.parquet, ids.safetensors and network.safetensors",
+            fix="Copy the folder again, or fit anew",
+        ) as about:
             settings = about["config"]
             model = (PaperConfig if about["network"] == "paper" else CausalConfig)(**settings.pop("model"))
             training = settings.pop("train")
@@ -343,12 +343,4 @@ class Tiger(Retriever):
                 network = CausalTiger(self.ids.sizes, model, self.ids.codes[trained], content_width=width)
                 self.network = network.extended(self.ids.codes[self.fitted_items :], None).eval()
             self.network.load_state_dict(tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, (BundleDamagedError, BundleVersionError)):
-                raise
-            raise BundleDamagedError(
-                f"the retriever in {directory} cannot be read: {error}",
-                rule="A Tiger has retriever.json, items.parquet, ids.safetensors and network.safetensors",
-                fix="Copy the folder again, or fit anew",
-            ) from error
         return self

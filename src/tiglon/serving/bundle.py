@@ -38,7 +38,8 @@ from safetensors import SafetensorError
 
 import tiglon
 from tiglon.data.events import Table, read_items, require_same_type
-from tiglon.data.histories import HistoryStore, written_aside
+from tiglon.data.folders import written_aside
+from tiglon.data.histories import HistoryStore
 from tiglon.data.split import leave_last_out
 from tiglon.data.text import SentenceTransformer, TextEncoder, TfidfSvd, VectorColumn, encode_items
 from tiglon.errors import (

@@ -1,0 +1,78 @@
+"""Folders that are written whole or not at all, and read with one clear error where something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polars.exceptions import PolarsError
+from safetensors import SafetensorError
+
+from tiglon.errors import BundleDamagedError, BundleError, BundleVersionError, StorageError
+
+
+@contextlib.contextmanager
+def written_aside(directory: Path) -> Iterator[Path]:
+    """A new empty folder that takes the place of `directory` when the block ends well, and vanishes otherwise.
+
+    Raises StorageError where the disk refuses.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise _refused(directory, error) from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            os.replace(directory, old / "old")
+            os.replace(aside, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, directory)
+    except OSError as error:
+        raise _refused(directory, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refused(directory: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{directory} could not be written: {error}",
+        rule="Nothing was changed there",
+        fix="Free some space or choose another place",
+    )
+
+
+@contextlib.contextmanager
+def reading(
+    directory: Path, file: str, known: int, *, what: str, rule: str, fix: str
+) -> Iterator[dict[str, Any]]:
+    """What the JSON `file` says of a folder, for a block that reads the rest of it.
+
+    known: the newest format that can be read.   what: the folder's content, with its article.   rule, fix: of the error.
+    Raises BundleVersionError for a newer format, and BundleDamagedError for whatever goes wrong inside the block.
+    """
+    try:
+        about = json.loads((directory / file).read_text(encoding="utf-8"))
+        if about["format"] > known:
+            raise BundleVersionError(
+                f"{what} of format {about['format']} in {directory}",
+                rule=f"This Tiglon reads formats up to {known}",
+                fix="Update Tiglon",
+            )
+        yield about
+    except BundleError:
+        raise
+    except (OSError, SafetensorError, PolarsError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BundleDamagedError(
+            f"{what} in {directory} cannot be read: {error}", rule=rule, fix=fix
+        ) from error
