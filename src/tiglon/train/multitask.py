@@ -45,6 +45,7 @@ Letters: T tasks (of a batch), P shared parameters.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ from torch import Tensor, nn
 from tiglon.errors import ConfigError, DataError, did_you_mean
 
 
-class MultiTask(nn.Module):
+class MultiTask(nn.Module, abc.ABC):
     """Makes one loss of several.   tasks: their names.
 
     weight: task → what it counted in the last step, 0 where it took no part.
@@ -98,6 +99,7 @@ class MultiTask(nn.Module):
         self.weight |= {self.tasks[t]: float(w) for t, w in zip(present, weight, strict=True)}
         return total
 
+    @abc.abstractmethod
     def balance(
         self, means: list[Tensor], present: list[int], shared: list[Tensor], own: list[Tensor]
     ) -> tuple[Tensor, Sequence[float]]:
@@ -105,7 +107,6 @@ class MultiTask(nn.Module):
 
         means: the loss of each. (A gradient of an entry of their stack would walk all tasks' graphs.)
         """
-        raise NotImplementedError
 
     def _require_finite(self, what: str, value_T: Tensor | np.ndarray, present: list[int]) -> None:
         bad = [self.tasks[t] for t, v in zip(present, value_T.tolist(), strict=True) if not math.isfinite(v)]
@@ -281,9 +282,9 @@ class SharedGradients(MultiTask):
         gradients = [*_shaped(combined, shared), *_shaped(rest, own)]
         return _Given.apply(torch.stack(means).detach().sum(), gradients, *everything), list(weight)
 
+    @abc.abstractmethod
     def combine(self, gram: np.ndarray, present: list[int]) -> np.ndarray:
         """(T,) weights of the gradients with these inner products (T, T), float64."""
-        raise NotImplementedError
 
 
 class MGDA(SharedGradients):
