@@ -31,6 +31,22 @@ InteractionsPath = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 K = Annotated[int, typer.Option("--k", help="How many items.")]
+Reranker = Annotated[
+    str | None,
+    typer.Option(
+        "--reranker",
+        metavar="URL",
+        help="OpenAI-compatible endpoint whose model orders the first 20; key: $TIGLON_LLM_KEY.",
+    ),
+]
+RerankerModel = Annotated[
+    str | None, typer.Option("--reranker-model", metavar="NAME", help="As the endpoint names it.")
+]
+RerankerSeconds = Annotated[float, typer.Option(help="That an answer waits for the model at most.")]
+RerankerText = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help='What it reads of an item: title, or "{title} ({brand})".'),
+]
 
 # Modules that load torch are imported where they are needed, so that --help answers at once.
 
@@ -238,6 +254,10 @@ def recommend(
         bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say who found each item.")] = False,
+    reranker: Reranker = None,
+    reranker_model: RerankerModel = None,
+    reranker_seconds: RerankerSeconds = 2.0,
+    reranker_text: RerankerText = None,
     as_json: Json = False,
 ) -> None:
     """The k best items for a user, or for a history. A user without a history gets what is popular."""
@@ -250,6 +270,7 @@ def recommend(
         raise typer.BadParameter("give either --user or --history")
     if not 1 <= k <= MOST_ITEMS:
         raise ConfigError(f"k of {k}", rule=f"k is a whole number of 1 … {MOST_ITEMS}")
+    asks = _reranking(reranker, reranker_model, reranker_seconds, reranker_text)
     loaded = Bundle.load(bundle)
     who = None if user is None else matching_id(loaded.histories.users, user)
     given = None
@@ -259,7 +280,12 @@ def recommend(
         if unknown:
             _say(f"not in the catalogue, and skipped: {', '.join(map(str, unknown))}")
             given = [i for i in given if i not in unknown]
-    answer = Engine(loaded).recommend(
+    engine = Engine(
+        loaded,
+        reranker=None if asks is None else asks.reranker(),
+        reranker_text=None if asks is None else asks.text,
+    )
+    answer = engine.recommend(
         RecommendRequest(user_id=who, history=given, k=k, exclude_seen=exclude_seen, explain=explain)
     )
     for line in answer.degraded:
@@ -272,6 +298,50 @@ def recommend(
         if item.reasons is not None:
             found = ", ".join(f"{s.name} (place {s.rank})" for s in item.reasons.sources)
             print(f"{item.item_id}: {found or 'popular'}")
+
+
+@app.command()
+def describe(
+    items: Annotated[Path, typer.Argument(metavar="ITEMS", help="item_id and any columns of text.")],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="OpenAI-compatible, up to the version; key: $TIGLON_LLM_KEY.")
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="As the endpoint names it.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The table with the new column.")],
+    column: Annotated[str, typer.Option(help="Its name.")] = "knowledge",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of answers, each paid for once; default: beside FILE.")
+    ] = None,
+    prices: Annotated[
+        tuple[float, float], typer.Option(help="Of a million tokens, of prompts and of answers.")
+    ] = (0.0, 0.0),
+) -> None:
+    """What a language model knows of items, as a column of text. Killed, it goes on when given again."""
+    from tiglon.data.events import read_items
+    from tiglon.llm.cache import Cached
+    from tiglon.llm.client import Endpoint, Usage, key_of_environment
+    from tiglon.llm.knowledge import with_knowledge
+    from tiglon.terminal import Terminal
+
+    if out.suffix != ".parquet":
+        raise ConfigError(f"--out {out}", rule="The table is written as .parquet")
+    asked = Endpoint(endpoint, model, key=key_of_environment(), usage=Usage(*prices))
+    terminal = Terminal()
+    known = with_knowledge(
+        read_items(items),
+        Cached(asked, cache or out.with_name(f"{out.stem}-answers")),
+        column=column,
+        report=lambda share: terminal.share("asking", share),
+    )
+    known.save(out)
+    usage = known.usage
+    _say(
+        f"{usage.calls:,} calls, {usage.cached:,} answers remembered, {usage.prompt_tokens:,} tokens asked and "
+        f"{usage.completion_tokens:,} answered in {usage.seconds:,.0f} s, cost {usage.cost:,.4f}"
+    )
+    if known.failed:
+        _say(f"{known.failed:,} items have none; give the same command again to ask for them alone")
+    _say(f"{out} has the column '{column}'")
 
 
 @app.command()
@@ -290,12 +360,17 @@ def serve(
         str | None, typer.Option(help="Folder of what users do, or redis://…; default: beside the bundle.")
     ] = None,
     budget_ms: Annotated[int | None, typer.Option(help="Time of a request that names none.")] = None,
+    reranker: Reranker = None,
+    reranker_model: RerankerModel = None,
+    reranker_seconds: RerankerSeconds = 2.0,
+    reranker_text: RerankerText = None,
 ) -> None:
     """Answer over HTTP, with a console at /console."""
     from tiglon.serving.desk import Settings
     from tiglon.serving.server import serve as run
 
-    settings = Settings(keys=keys, threads=threads, waiting=waiting, budget_ms=budget_ms)
+    asks = _reranking(reranker, reranker_model, reranker_seconds, reranker_text)
+    settings = Settings(keys=keys, threads=threads, waiting=waiting, budget_ms=budget_ms, reranking=asks)
     run(source, host, port, workers=workers, state=state, settings=settings)
 
 
@@ -386,6 +461,17 @@ def _evaluate_ranker(folder: Path, split: str, as_json: bool) -> None:
         print(json.dumps(to_json(found, split), indent=1))
     else:
         _stdout().print(table(found, title=f"{split.capitalize()}, {folder}"))
+
+
+def _reranking(url: str | None, model: str | None, seconds: float, text: str | None) -> Any:
+    """A `serving.reranking.Reranking`, or None without a URL."""
+    from tiglon.serving.reranking import Reranking
+
+    if url is None and model is None and text is None:
+        return None
+    if url is None or model is None:
+        raise typer.BadParameter("--reranker and --reranker-model go together")
+    return Reranking(url, model, seconds, text)
 
 
 def _changes(given: list[str]) -> dict[str, str]:

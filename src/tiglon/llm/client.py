@@ -13,6 +13,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import re
 import socket
 import threading
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 
 from tiglon.errors import ConfigError, LanguageModelError
 
+KEY = "TIGLON_LLM_KEY"  # environment variable with the key of endpoints that want one
 _MOST_BYTES = 4 << 20  # of an answer
 _TRIES = 3  # of a call that was refused for a while (429, 5xx) or never reached the server
 _PAUSE = 0.2  # seconds before the second try; twice as long before the third
@@ -237,6 +239,11 @@ class Endpoint:
             rule="A call ends at its deadline",
             fix="Give it more seconds, or ask a faster model",
         )
+
+
+def key_of_environment() -> str | None:
+    """For `Endpoint`: a key in an argument would stand in the list of processes and in the shell's history."""
+    return os.environ.get(KEY) or None
 
 
 class Local:

@@ -14,14 +14,16 @@ Deviations: one question an item about all that matters, not one a factor; no ad
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 
 from tiglon.data.text import render
-from tiglon.errors import ConfigError, LanguageModelError
+from tiglon.errors import ConfigError, LanguageModelError, StorageError
 from tiglon.llm.client import LanguageModel, Prompt, Usage
 from tiglon.types import Items
 
@@ -43,6 +45,20 @@ class Knowledge:
     items: Items
     failed: int
     usage: Usage
+
+    def save(self, file: str | Path) -> None:
+        """The item table as Parquet, whole or not at all. Raises StorageError."""
+        file = Path(file)
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as aside:
+                self.items.table.write_parquet(Path(aside) / file.name)
+                (Path(aside) / file.name).replace(file)
+        except OSError as error:
+            raise StorageError(
+                f"{file} could not be written: {error}",
+                rule="Nothing was changed there",
+                fix="Free some space or choose another place",
+            ) from error
 
 
 def with_knowledge(

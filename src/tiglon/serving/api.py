@@ -77,7 +77,7 @@ def create_app(source: Path, state: State | None, settings: Settings | None = No
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         changes = Changes(settings.changes) if settings.changes is not None else None
-        live = Live(source, state, changes, metrics.swapped, metrics.staged)
+        live = Live(source, state, changes, metrics.swapped, metrics.staged, settings.reranking)
         app.state.desk = desk = Desk(live, metrics, settings)
         note("ready", bundle=live.engine.bundle.version)
         ended = asyncio.Event()

@@ -97,10 +97,13 @@ class Catalogue:
         order = np.lexsort((tie_order(len(self)), -counts))
         return order[self.alive[order]]
 
-    def describe(self, items: np.ndarray) -> list[str]:
-        """What the catalogue says about dense items, at most 200 characters each; their ids without words."""
+    def describe(self, items: np.ndarray, template: str | None = None) -> list[str]:
+        """What the catalogue says about dense items, at most 200 characters each; their ids without words.
+
+        template: as of `data.text.render`; None: the bundle's. Raises SchemaError for a column that is not there.
+        """
         table = self.bundle.items.table[items.tolist()]
-        template = self.bundle.text.template
+        template = template or self.bundle.text.template
         names = [str(raw) for raw in table["item_id"]]
         if not template or not len(items):
             return names

@@ -27,6 +27,7 @@ from tiglon.serving.gate import Asking
 from tiglon.serving.live import Live
 from tiglon.serving.messages import Asked, Message, RecommendRequest
 from tiglon.serving.metrics import Metrics
+from tiglon.serving.reranking import Reranking
 
 M = TypeVar("M", bound=Message)
 
@@ -40,6 +41,7 @@ class Settings:
     waiting: int = 64  # requests that wait for a thread; more are refused
     budget_ms: int | None = None  # of a request that names none
     poll_seconds: float = 0.5  # between two looks at CURRENT, the changes and the keys
+    reranking: Reranking | None = None  # by a language model; its key stands in the environment
 
     def __post_init__(self) -> None:
         for name, least in (("body_bytes", 1), ("threads", 1), ("budget_ms", 1), ("waiting", 0)):
@@ -75,7 +77,7 @@ class Desk:
     async def recommend(self, asking: Asking, asked: RecommendRequest) -> Response:
         """The same for a recommendation, beside others that wait."""
         request = self.prepared(asked, asking)
-        if not shares_work(request):
+        if not shares_work(request) or self.settings.reranking:  # of some together, one would wait for each
             return await self.answer(asking, lambda engine: engine.recommend(request))
         mine: Future[Message] = Future()
 

@@ -114,6 +114,8 @@ class Engine:
     state: what users did since; None: only the bundle's own lives, and no events are taken.
     ranker: orders the best of the funnel anew; None: the bundle's, if it has one.
     reranker: a language model that orders the first 20 of that anew, within the time it has; None: none.
+    reranker_text: what it reads of an item, such as "{title}"; None: what the bundle reads. SchemaError for a
+        column that the items lack.
     on_stage: told the seconds of each stage, by its name.
     """
 
@@ -124,11 +126,13 @@ class Engine:
         ranker: LifelongRanker | None = None,
         on_stage: Callable[[str, float], None] = lambda name, seconds: None,
         reranker: Listwise | Pointwise | None = None,
+        reranker_text: str | None = None,
     ) -> None:
-        self.state, self._reranker = state, reranker
+        self.state, self._reranker, self._reranker_text = state, reranker, reranker_text
         self.pace: dict[str, float] = {}  # stage → seconds that it usually takes
         self._on_stage = on_stage
         self._catalogue = Catalogue(bundle if ranker is None else replace(bundle, ranker=ranker))
+        self._catalogue.describe(np.arange(len(self._catalogue))[:1], reranker_text)
         self._change = threading.Lock()
 
     @property
@@ -211,7 +215,10 @@ class Engine:
         best = best_first(pool, asking.score)[:RERANKED]
         began = time.perf_counter()
         try:
-            life, items = now.describe(asking.life.item[-RERANKED:]), now.describe(pool.item[best])
+            life, items = (
+                now.describe(some, self._reranker_text)
+                for some in (asking.life.item[-RERANKED:], pool.item[best])
+            )
             order = self._reranker.rank(life, items, None if left == np.inf else left).order
         except (LanguageModelError, StorageError, DataError):
             asking.degraded.append(f"{stage} skipped: no answer of use in time")

@@ -23,6 +23,7 @@ from tiglon.serving.bundle import is_bundle
 from tiglon.serving.desk import Settings
 from tiglon.serving.logs import write_json_lines
 from tiglon.serving.publish import bundle_folder
+from tiglon.serving.reranking import Reranking
 from tiglon.serving.security import Keys, require_keys_beyond_loopback
 from tiglon.serving.state import LmdbState, RedisState, State
 
@@ -95,7 +96,9 @@ def worker() -> FastAPI:
     write_json_lines()
     about: dict[str, Any] = json.loads(os.environ[_ENVIRONMENT])
     paths = {k: Path(v) for k, v in about["settings"].items() if k in ("keys", "changes") and v is not None}
-    settings = Settings(**{**about["settings"], **paths})
+    asks = about["settings"].pop("reranking")
+    reranking = None if asks is None else Reranking(**asks)
+    settings = Settings(**{**about["settings"], **paths}, reranking=reranking)
     return create_app(Path(about["source"]), open_state(about["state"]), settings)
 
 
