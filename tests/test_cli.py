@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -266,6 +267,100 @@ def test_csv_and_jsonl_and_ids_of_any_kind(train, tiglon, tmp_path):
     found = {item["item_id"] for item in answer["items"]}
     assert found <= set(big)
     assert len(found) == 6  # of twelve items, six were seen
+
+
+# -- language models ---------------------------------------------------------------------------------------
+
+
+def backwards(body):
+    """All candidates by their texts, from z to a."""
+    shown = re.findall(r"^#(\d+): (.*)$", body["messages"][0]["content"], re.MULTILINE)
+    return " > ".join(f"#{n}" for n, _ in sorted(shown, key=lambda pair: pair[1], reverse=True))
+
+
+def test_a_language_model_orders_what_is_recommended(tiglon, bundle_path, endpoint):
+    asked = ("recommend", bundle_path, "--user", 3, "--k", 20, "--json")
+    model = ("--reranker", endpoint.url, "--reranker-model", "tiny", "--reranker-text", "title")
+    plain = json.loads(tiglon(*asked)[1])
+    endpoint.say = backwards
+    status, out, err = tiglon(*asked, *model, "--reranker-seconds", 60)
+    assert (status, err) == (0, "")
+    found = [item["item_id"] for item in json.loads(out)["items"]]
+    assert sorted(found) == sorted(item["item_id"] for item in plain["items"])
+    title = dict(Bundle.load(bundle_path).items.table.select("item_id", "title").iter_rows())
+    assert [title[item] for item in found] == sorted(map(title.get, found), reverse=True)
+    assert endpoint.asked[0]["model"] == "tiny"
+
+
+def test_a_slow_language_model_is_left_out_and_that_is_said(tiglon, bundle_path, endpoint):
+    asked = ("recommend", bundle_path, "--user", 3, "--json")
+    plain = json.loads(tiglon(*asked)[1])
+    endpoint.slowly = 0.05
+    model = ("--reranker", endpoint.url, "--reranker-model", "tiny", "--reranker-seconds", 0.2)
+    status, out, err = tiglon(*asked, *model)
+    found = json.loads(out)
+    assert (status, err) == (0, "language model skipped: no answer of use in time\n")
+    assert found["degraded"] == ["language model skipped: no answer of use in time"]
+    assert found["items"] == plain["items"]
+
+
+@pytest.mark.parametrize(
+    "options, status, message",
+    [
+        (("--reranker", "http://localhost/v1"), 2, "--reranker and --reranker-model go together"),
+        (("--reranker-model", "tiny"), 2, "--reranker and --reranker-model go together"),
+        (
+            ("--reranker", "ftp://x", "--reranker-model", "tiny"),
+            1,
+            "An endpoint is an address of http or https",
+        ),
+        (
+            ("--reranker", "http://localhost/v1", "--reranker-model", "tiny", "--reranker-text", "titel"),
+            1,
+            "Did you mean 'title'?",
+        ),
+    ],
+)
+def test_a_language_model_that_cannot_be_asked(tiglon, bundle_path, options, status, message):
+    found, out, err = tiglon("recommend", bundle_path, "--user", 3, *options)
+    assert (found, out) == (status, "")
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_describe_items_asks_once_and_says_what_it_cost(tiglon, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIGLON_LLM_KEY", "secret-key")
+    items = write(tmp_path / "items.parquet", {"item_id": [1, 2, 3], "title": ["milk", "bread", "milk"]})
+    endpoint.say = lambda body: 400 if "bread" in body["messages"][0]["content"] else "White and wet."
+    out = tmp_path / "known.parquet"
+    command = ("describe", items, "--endpoint", endpoint.url, "--model", "tiny", "--out", out)
+    status, _, err = tiglon(*command, "--prices", 1_000_000, 2_000_000)
+    assert status == 0
+    assert pl.read_parquet(out)["knowledge"].to_list() == ["White and wet.", None, "White and wet."]
+    assert "2 calls, 0 answers remembered, 7 tokens asked and 3 answered" in err
+    assert "cost 13.0000" in err
+    assert "1 items have none" in err
+
+    endpoint.say = lambda body: "Baked."
+    status, _, err = tiglon(*command)
+    assert "1 calls, 1 answers remembered" in err
+    assert pl.read_parquet(out)["knowledge"].to_list() == ["White and wet.", "Baked.", "White and wet."]
+    assert {headers["Authorization"] for _, headers in endpoint.headers} == {"Bearer secret-key"}
+    assert sorted(os.listdir(tmp_path)) == ["items.parquet", "known-answers", "known.parquet"]
+
+
+def test_describe_says_what_is_wrong(tiglon, endpoint, tmp_path):
+    items = write(tmp_path / "items.parquet", {"item_id": [1], "title": ["milk"]})
+    command = ("describe", items, "--endpoint", endpoint.url, "--model", "tiny", "--out")
+    assert tiglon(*command, tmp_path / "x.csv")[2].startswith("error: --out ")
+    assert (
+        "the column 'title', which the items have"
+        in tiglon(*command, tmp_path / "x.parquet", "--column", "title")[2]
+    )
+    assert not endpoint.asked
+    endpoint.say = lambda body: 401
+    status, _, err = tiglon(*command, tmp_path / "x.parquet")
+    assert (status, "answered 401" in err) == (1, True)
+    assert os.listdir(tmp_path) == ["items.parquet"]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------

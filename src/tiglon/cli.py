@@ -340,7 +340,9 @@ def describe(
         f"{usage.completion_tokens:,} answered in {usage.seconds:,.0f} s, cost {usage.cost:,.4f}"
     )
     if known.failed:
-        _say(f"{known.failed:,} items have none; give the same command again to ask for them alone")
+        _say(
+            f"{known.failed:,} items have none; the same command asks for those with words again, and for no other"
+        )
     _say(f"{out} has the column '{column}'")
 
 
