@@ -1,6 +1,6 @@
 """kill −9 at any moment: is a bundle ever broken, an acknowledged change ever lost, an answer ever mixed?
 
-    python benchmarks/faults.py [--kills 40] [--seed 0] [--bundle BUNDLE]
+    python benchmarks/faults.py [--kills 40] [--only KIND …] [--seed 0] [--bundle BUNDLE]
 
 Five kinds of work, each killed so many times, at moments drawn from the seed between 0 and twice what one piece
 of the work takes:
@@ -9,7 +9,8 @@ of the work takes:
                before the last that was acknowledged
     events     batches are appended to an LMDB state: whole batches only, every acknowledged one
     items      an item is added to the current bundle and that published: acknowledged ones stay, no ID moves
-    changes    an item is added while serving (changes.jsonl): whole lines only, every acknowledged one
+    changes    items are added, changed and removed while serving, and the file of that (changes.jsonl) is compacted
+               on the way: it says all that was acknowledged, and to a follower the same as to who reads it anew
     swap       a reader takes up what a publisher publishes and prunes; one is killed, the other must go on, and
                is killed, too: each answer is that of the version which it names
 
@@ -27,7 +28,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -40,7 +41,7 @@ from machine import machine_line
 
 from tiglon.errors import BundleError, TiglonError
 from tiglon.serving.bundle import Bundle
-from tiglon.serving.changes import Changes
+from tiglon.serving.changes import START, Changes
 from tiglon.serving.messages import Event, ItemsRequest
 from tiglon.serving.publish import current, prune, publish
 from tiglon.serving.state import LmdbState
@@ -110,14 +111,32 @@ def updater(tell: Tell, home: Path, item: int) -> None:
         item += 1
 
 
-def changer(tell: Tell, folder: Path, item: int) -> None:
+def changer(tell: Tell, folder: Path, n: int) -> None:
     changes = Changes(folder)
     while True:
+        changes.compact()  # by now half of it may be undone
         with changes.alone():
-            _, place = changes.since(0)
-            changes.append(ItemsRequest(add=[{"item_id": item, "title": "word " * 200}]), place)
-        tell(item)
-        item += 1
+            changes.append(change(n), changes.since(START).place)
+        tell(n)
+        n += 1
+
+
+def change(n: int) -> ItemsRequest:
+    """The n-th: a new title of one item, an item that stays, and at times one that goes."""
+    rows = [{"item_id": 0, "title": f"{n} " * 200}]
+    if n % 8 == 0:
+        rows.append({"item_id": FIRST_NEW + n, "title": "new"})
+    return ItemsRequest(add=rows, remove=[FIRST_NEW + n - 8] if n % 16 == 8 else [])
+
+
+def effect(changes: Iterable[ItemsRequest]) -> tuple[dict[Any, Any], set[Any]]:
+    """What a bundle is told by all of them: the row of each item, and which ones went."""
+    rows: dict[Any, Any] = {}
+    gone: set[Any] = set()
+    for one in changes:
+        rows |= {row["item_id"]: row for row in one.add}
+        gone |= set(one.remove)
+    return rows, gone
 
 
 def reader(tell: Tell, home: Path) -> None:
@@ -246,15 +265,19 @@ def kill_items(folder: Path, bundles: list[Path], chance: random.Random, tally: 
 
 def kill_changes(folder: Path, bundles: list[Path], chance: random.Random, tally: Tally) -> Iterator[None]:
     acknowledged: set[int] = set()
-    following = 0
+    followed: list[ItemsRequest] = []
+    place, following = START, 0
     while True:
         acknowledged |= set(killed(chance, changer, folder / "changes", following))
         tally.acknowledged = len(acknowledged)
-        found, _ = Changes(folder / "changes").since(0)
-        stored = [change.add[0]["item_id"] for change in found]
-        tally.mixed += stored != list(range(len(stored)))
-        tally.lost += len(acknowledged - set(stored))
-        following = len(stored)
+        changes = Changes(folder / "changes")
+        news, place, anew = changes.since(place)
+        followed = news if anew else followed + news
+        found = effect(changes.since(START).changes)
+        newest = int(found[0].get(0, {"title": "-1"})["title"].split()[0])
+        tally.lost += newest < max(acknowledged)
+        tally.mixed += not found == effect(followed) == effect(map(change, range(newest + 1)))
+        following = newest + 1
         yield
 
 
@@ -321,6 +344,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=40, help="of each of the five kinds of work")
+    parser.add_argument("--only", choices=WORK, nargs="+", default=list(WORK), metavar="KIND")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bundle", type=Path, help="whole-number item ids below a million")
     arguments = parser.parse_args()
@@ -333,7 +357,7 @@ def main() -> None:
         for item in (1, 2):
             bundles.append(folder / f"and_{item}")
             with_item(Bundle.load(bundles[-2]), FIRST_NEW - item).save(bundles[-1])
-        for work in WORK:
+        for work in arguments.only:
             begin = time.monotonic()
             tally = measure(work, folder / work, bundles, arguments.kills, arguments.seed)
             print(f"{work:8} {tally}  {time.monotonic() - begin:5.0f} s", flush=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from tiglon.errors import DataError, TiglonError
+from tiglon.errors import DataError, StorageError, TiglonError
 from tiglon.serving.bundle import Bundle
-from tiglon.serving.changes import Changes
+from tiglon.serving.catalogue import Catalogue
+from tiglon.serving.changes import START, Changes, Place
 from tiglon.serving.engine import Engine
 from tiglon.serving.logs import note
 from tiglon.serving.messages import ItemsRequest, ItemsResponse, RecommendRequest
@@ -47,6 +49,7 @@ class Live:
         self._on_swap, self._on_stage, self._reranking = on_swap, on_stage, reranking
         self._lock = threading.Lock()  # held by who changes the engine
         self._folder = bundle_folder(source)
+        self._compact()
         self.engine, self._place = self._load(self._folder)
         on_swap("", self.engine.bundle.version)
 
@@ -56,7 +59,7 @@ class Live:
             if self.changes is None:
                 return self.engine.items(change)
             with self.changes.alone():
-                self._place = self._apply(self.engine, self._place)
+                self._follow()
                 answer = self.engine.items(change)
                 try:
                     self._place = self.changes.append(change, self._place)
@@ -72,7 +75,7 @@ class Live:
             if folder != self._folder:
                 self._swap(folder)
             with self._lock:
-                self._place = self._apply(self.engine, self._place)
+                self._follow()
             self.trouble = ""
         except (TiglonError, OSError) as error:
             if str(error) != self.trouble:  # once, not twice a second
@@ -83,15 +86,16 @@ class Live:
             self.trouble = str(error)
 
     def _swap(self, folder: Path) -> None:
+        self._compact()
         engine, place = self._load(folder)
         engine.recommend(RecommendRequest.model_validate({"history": [], "k": 1, "request_id": "warm"}))
         with self._lock:
-            place = self._apply(engine, place)
+            engine, place = self._caught_up(engine, place, folder)
             old, self.engine, self._place, self._folder = self.engine, engine, place, folder
         note("bundle swapped", old=old.bundle.version, new=engine.bundle.version)
         self._on_swap(old.bundle.version, engine.bundle.version)
 
-    def _load(self, folder: Path) -> tuple[Engine, int]:
+    def _load(self, folder: Path) -> tuple[Engine, Place]:
         asks = self._reranking
         engine = Engine(
             Bundle.load(folder),
@@ -100,18 +104,46 @@ class Live:
             reranker=None if asks is None else asks.reranker(),
             reranker_text=None if asks is None else asks.text,
         )
-        return engine, self._apply(engine, 0)
+        return self._caught_up(engine, START, folder)
 
-    def _apply(self, engine: Engine, place: int) -> int:
-        """Give an engine the changes after `place`; the place after them."""
+    def _follow(self) -> None:
+        """Take up what other workers changed in the catalogue."""
+        self.engine, self._place = self._caught_up(self.engine, self._place, self._folder)
+
+    def _caught_up(self, engine: Engine, place: Place, folder: Path) -> tuple[Engine, Place]:
+        """An engine of a folder's bundle that was given the changes up to `place`, with those after it."""
         if self.changes is None:
-            return 0
-        found, place = self.changes.since(place)
+            return engine, place
+        found, now, anew = self.changes.since(place)
+        if anew and place != START:  # the file was compacted, and what this engine lacks is not told apart
+            return self._load(folder)
         for change in found:
-            try:
-                engine.items(change)
-            except DataError as error:  # columns that this bundle does not have
-                note(f"an earlier change does not fit this bundle: {error}", logging.ERROR)
-                if change.remove:
-                    engine.items(ItemsRequest(remove=change.remove))
-        return place
+            _give(engine, change)
+        return engine, now
+
+    def _compact(self) -> None:
+        """Shorten the file of changes. That the disk refuses is no reason not to serve."""
+        try:
+            if self.changes is not None and self.changes.compact():
+                note("the changes of the catalogue were compacted")
+        except StorageError as error:
+            note(f"the changes of the catalogue were not compacted: {error}", logging.ERROR)
+
+
+def _give(engine: Engine, change: ItemsRequest) -> None:
+    """Make a change that another bundle took; of its rows, those that this bundle takes."""
+    try:
+        engine.items(change)
+    except DataError:
+        rows = [row for row in change.add if _fits(engine, row)]
+        if rows or change.remove:
+            engine.items(change.model_copy(update={"add": rows}))
+
+
+def _fits(engine: Engine, row: Mapping[str, Any]) -> bool:
+    try:
+        Catalogue(engine.bundle).with_rows([row])
+    except DataError as error:  # a column that this bundle does not have, or an item that it removed
+        note(f"an earlier change does not fit this bundle: {error}", logging.ERROR)
+        return False
+    return True
