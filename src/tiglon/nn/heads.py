@@ -30,7 +30,9 @@ from tiglon.types import MISSING, Behaviours
 _TILE = 512  # behaviours scored at once: 512 × 16 keys of a head are 32 KiB, the first-level cache
 _CHUNK = 16 * _TILE  # behaviours whose keys are gathered at once: 512 KiB a head, the second-level cache
 _STRIDE = _TILE + 16  # a power of two between dimensions would put them all into the same cache sets
-_STEP = 4  # dimensions a pass; d is filled up with zeros to a multiple
+_BLOCK = 64  # behaviours whose keys are on their way from memory at once
+_ROOM = 2  # times n entries a list, so that it is seldom cut back to n
+_STEP = 8  # dimensions a pass; d is filled up with zeros to a multiple
 _SHARD = 1 << 22  # products of one thread: below, starting a second costs more than it saves
 _EMPTY = np.iinfo(np.int64).min
 
@@ -113,17 +115,18 @@ def search(
     shards = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
     # One kernel for the three storages: the two that are not meant are empty.
     wide, half, small = (
-        keys.number if keys.number.dtype == dtype else np.empty((0, A), dtype)
+        keys.number if keys.number.dtype == dtype else np.empty((0, A * d), dtype)
         for dtype in (np.uint32, np.uint16, np.int8)
     )
+    small = small.reshape(len(small), A, d)
     cuts = np.linspace(0, L, shards + 1).astype(np.int64)
-    best = np.full((B, shards, K * A, n), _EMPTY)
+    best = np.full((B, shards, K * A, _ROOM * n), _EMPTY)
 
     def scan(job: int) -> None:
         b, s = divmod(job, shards)
         _scan(
             query[b], wide, half, small, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
-            cuts[s], cuts[s + 1], best[b, s],
+            cuts[s], cuts[s + 1], n, best[b, s],
         )  # fmt: skip
 
     jobs = range(B * shards if n and K else 0)
@@ -133,7 +136,7 @@ def search(
     else:
         for job in jobs:
             scan(job)
-    entry = best.transpose(0, 2, 1, 3).reshape(B, K, A, shards * n)
+    entry = best.transpose(0, 2, 1, 3).reshape(B, K, A, -1)
     entry.sort(axis=-1)
     entry = entry[..., ::-1][..., :n]
     return torch.from_numpy(_score_of(entry)), torch.from_numpy(_position_of(entry))
@@ -212,27 +215,29 @@ def _scan(
     first: np.ndarray,
     begin: int,
     end: int,
+    n: int,
     best: np.ndarray,
 ) -> None:
-    """One request: fill `best` (K · A, n) with each list's greatest entries of positions begin … end."""
+    """One request: the n greatest entries of each list among positions begin … end, and perhaps more, into
+    `best` (K · A, room for more than n)."""
     K, A, d = query.shape
-    n = best.shape[1]
     count = np.zeros(K * A, np.int64)
     least = np.full(K * A, _NOTHING, np.int32)
-    key_bits = np.zeros((_CHUNK // _TILE, A * d, _STRIDE), np.uint32)
-    key = key_bits.view(np.float32)
+    block_bits = np.empty((_BLOCK, wide.shape[1]), np.uint32)
+    block = block_bits.view(np.float32).reshape(_BLOCK, A, wide.shape[1] // A)
+    key = np.zeros((_CHUNK // _TILE, A, d, _STRIDE), np.float32)
     steps = key.reshape(_CHUNK // _TILE, A, d // _STEP, _STEP, _STRIDE)
     bias = np.empty((A, _CHUNK // _TILE, _TILE), np.float32)
     alpha = np.empty((2, _CHUNK // _TILE, _TILE), np.float32)
     bits = alpha.view(np.int32)
-    entry = np.empty(n + _CHUNK, np.int64)
+    entry = np.empty(best.shape[1] + _CHUNK, np.int64)
 
     for stop in range(end, begin, -_CHUNK):
         start = max(stop - _CHUNK, begin)
         while stop > start and not mask[stop - 1]:
             stop -= 1
         tiles = (stop - start + _TILE - 1) // _TILE  # none of a chunk of padding
-        _load(wide, half, small, scale, row, start, stop, key_bits, key)
+        _load(wide, half, small, scale, row, start, stop, block_bits, block, key)
         _add_bias(code, mask, log_size, table, first, start, stop, bias)
         for a in range(A):
             for k in range(0, K, 2):
@@ -248,47 +253,77 @@ def _scan(
                     )
                 for c in range(k, other + 1 if tiles else k):
                     at = c * A + a
-                    held = _join(bits[c - k, :tiles], start, least[at], best[at], count[at], entry)
-                    count[at] = min(held, n)
-                    if held >= n:
-                        least[at] = best[at, n - 1] >> 32
+                    count[at], least[at] = _join(
+                        bits[c - k, :tiles], start, least[at], n, best[at], count[at], entry
+                    )
 
 
 @njit(nogil=True, cache=True)
-def _join(bits: np.ndarray, start: int, least: int, best: np.ndarray, held: int, entry: np.ndarray) -> int:
-    """Keep the n greatest of best[:held] and of a chunk's scores above `least`; how many there were.
+def _join(
+    bits: np.ndarray, start: int, least: int, n: int, best: np.ndarray, held: int, entry: np.ndarray
+) -> tuple[int, int]:
+    """Add to best[:held] a chunk's scores above `least`, of which n are kept; how many are held now, and
+    a score that n of them are above.
 
     bits: (tiles, tile) int32, those of the scores. Every lane of the tiles has a maximum, and the n-th greatest
-    of these maxima is a score that n behaviours reach: few others do, and only they are looked at.
+    of these maxima is a score that n behaviours reach: few others do, and only they are looked at. What is held
+    is cut to the n greatest when it outgrows its row.
     """
-    n = len(best)
-    greatest = np.full(_TILE, _NOTHING, np.int32)
+    greatest, lane = np.full(_TILE, _NOTHING, np.int32), np.empty(_TILE + 1, np.int64)
     for tile in range(len(bits)):
         row = bits[tile]
         for i in range(_TILE):
             row[i] ^= (row[i] >> 31) & 0x7FFFFFFF
             greatest[i] = max(greatest[i], row[i])
-    above = 0
-    for i in range(_TILE):
-        above += int(greatest[i] > least)
-    if above == 0:
-        return held
-    if above > n:
-        maxima = greatest.copy()
-        _greatest_first(maxima, _TILE, n)
-        least = max(least, maxima[n - 1] - 1)
+    least = _bar(greatest, n, least)
     for i in range(held):
         entry[i] = best[i]
+    lanes = 0
     for i in range(_TILE):
-        if greatest[i] > least:
-            for tile in range(len(bits)):
-                entry[held] = (np.int64(bits[tile, i]) << 32) | (start + tile * _TILE + i)
-                held += int(bits[tile, i] > least)
-    if held > n:
+        lane[lanes] = i
+        lanes += greatest[i] > least
+    for tile in range(len(bits)):
+        row = bits[tile]
+        for i in lane[:lanes]:
+            entry[held] = (np.int64(row[i]) << 32) | (start + tile * _TILE + i)
+            held += row[i] > least
+    if held > len(best):
         _greatest_first(entry, held, n)
-    for i in range(min(held, n)):
+        held, least = n, entry[n - 1] >> 32
+        best[n:] = _EMPTY
+    for i in range(held):
         best[i] = entry[i]
-    return held
+    return held, least
+
+
+@njit(nogil=True, cache=True)
+def _bar(greatest: np.ndarray, n: int, least: int) -> int:
+    """The highest number that n of the greatest are above, or one that few more are; at least `least`.
+
+    Halving the range costs a comparison of all a turn, which a processor makes in a few vectors, and has no
+    branches that it could not foresee.
+    """
+    if _above(greatest, np.int32(least)) <= n:
+        return least
+    low, high = np.int64(least), np.int64(greatest.max())
+    while low + 1 < high:
+        middle = (low + high) >> 1
+        above = _above(greatest, np.int32(middle))
+        if above < n:
+            high = middle
+        else:
+            low = middle
+            if above <= n + n // 8:
+                break
+    return low
+
+
+@njit(nogil=True, cache=True)
+def _above(number: np.ndarray, bar: np.int32) -> int:
+    found = 0
+    for i in range(_TILE):
+        found += number[i] > bar
+    return found
 
 
 @njit(nogil=True, cache=True)
@@ -300,26 +335,38 @@ def _load(
     row: np.ndarray,
     start: int,
     stop: int,
-    key_bits: np.ndarray,
+    block_bits: np.ndarray,
+    block: np.ndarray,
     key: np.ndarray,
 ) -> None:
-    """Gather the chunk's keys as float32, dimension by dimension; dimensions beyond the stored ones stay 0."""
-    heads = scale.shape[1]
-    d, width = key.shape[1] // heads, max(wide.shape[1], half.shape[1], small.shape[1]) // heads
+    """Gather the chunk's keys as float32, dimension by dimension; dimensions beyond the stored ones stay 0.
+
+    Keys lie all over a table of items, so what takes time is waiting for memory. A block is first copied as it
+    lies, short work, so that the processor has many keys under way; then it is turned.
+    """
+    _, heads, width = block.shape
     count = len(wide) + len(half) + len(small)
-    for i in range(stop - start):
-        tile, lane = divmod(i, _TILE)
-        item = row[start + i]
-        item = item if item >= 0 else count + item
+    for begin in range(start, stop, _BLOCK):
+        size = min(_BLOCK, stop - begin)
+        for i in range(size):
+            item = row[begin + i]
+            item = item if item >= 0 else count + item
+            if len(wide):
+                for j in range(heads * width):
+                    block_bits[i, j] = wide[item, j]
+            elif len(half):
+                for j in range(heads * width):
+                    block_bits[i, j] = np.uint32(half[item, j]) << np.uint32(16)
+            else:
+                for a in range(heads):
+                    for j in range(width):
+                        block[i, a, j] = np.float32(small[item, a, j]) * scale[item, a]
+        tile, lane = divmod(begin - start, _TILE)
         for a in range(heads):
             for j in range(width):
-                at, number = a * d + j, a * width + j
-                if len(wide):
-                    key_bits[tile, at, lane] = wide[item, number]
-                elif len(half):
-                    key_bits[tile, at, lane] = np.uint32(half[item, number]) << np.uint32(16)
-                else:
-                    key[tile, at, lane] = np.float32(small[item, number]) * scale[item, a]
+                into = key[tile, a, j]
+                for i in range(size):
+                    into[lane + i] = block[i, a, j]
 
 
 @njit(nogil=True, cache=True)
@@ -334,16 +381,18 @@ def _add_bias(
     bias: np.ndarray,
 ) -> None:
     """What the chunk's cross features and sizes add to α, (A, tiles, tile); −inf on padding and past the end."""
-    for a in range(len(bias)):
-        for i in range(start, start + _CHUNK):
-            tile, lane = divmod(i - start, _TILE)
-            if i >= stop or not mask[i]:
-                bias[a, tile, lane] = -np.inf
-                continue
-            total = log_size[i] if len(log_size) else np.float32(0)
-            for j in range(len(first)):
-                total += table[first[j] + code[i, j], a]
-            bias[a, tile, lane] = total
+    bias[:] = -np.inf
+    for i in range(start, stop):
+        if not mask[i]:
+            continue
+        tile, lane = divmod(i - start, _TILE)
+        size = log_size[i] if len(log_size) else np.float32(0)
+        for a in range(len(bias)):
+            bias[a, tile, lane] = size
+        for j in range(len(first)):
+            added = table[first[j] + code[i, j]]
+            for a in range(len(bias)):
+                bias[a, tile, lane] += added[a]
 
 
 # "contract" allows fused multiply-add and nothing else: it never reorders the sum.
@@ -362,7 +411,9 @@ def _dot(
     for step in range(len(steps)):
         j = step * _STEP
         q0, q1, q2, q3 = query[j], query[j + 1], query[j + 2], query[j + 3]
+        q4, q5, q6, q7 = query[j + 4], query[j + 5], query[j + 6], query[j + 7]
         p0, p1, p2, p3 = other[j], other[j + 1], other[j + 2], other[j + 3]
+        p4, p5, p6, p7 = other[j + 4], other[j + 5], other[j + 6], other[j + 7]
         key = steps[step]
         for i in range(_TILE):
             x, y = one[i], two[i]
@@ -374,6 +425,14 @@ def _dot(
             y += p2 * key[2, i]
             x += q3 * key[3, i]
             y += p3 * key[3, i]
+            x += q4 * key[4, i]
+            y += p4 * key[4, i]
+            x += q5 * key[5, i]
+            y += p5 * key[5, i]
+            x += q6 * key[6, i]
+            y += p6 * key[6, i]
+            x += q7 * key[7, i]
+            y += p7 * key[7, i]
             one[i], two[i] = x, y
 
 
