@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,32 +37,10 @@ from tiglon.data.ranking import BASKET_TASKS, WITHIN_30_DAYS, RankingTask, compl
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.ranking.ranker import RankerConfig
 from tiglon.recipes import override
-from tiglon.train.multitask import (
-    DWA,
-    MGDA,
-    PELTR,
-    CAGrad,
-    Equal,
-    GradNorm,
-    GradVac,
-    MultiTask,
-    PCGrad,
-    Uncertainty,
-)
+from tiglon.train.multitask import METHODS
 
 MONTH = 30 * 86_400
 SINGLE = "single"
-METHODS: dict[str, Callable[[tuple[str, ...], int], MultiTask]] = {  # (tasks, steps of an epoch) → method
-    "equal": lambda tasks, _: Equal(tasks),
-    "uncertainty": lambda tasks, _: Uncertainty(tasks),
-    "gradnorm": lambda tasks, _: GradNorm(tasks),
-    "mgda": lambda tasks, _: MGDA(tasks),
-    "dwa": lambda tasks, steps: DWA(tasks, steps),
-    "pe_ltr": lambda tasks, _: PELTR(dict.fromkeys(tasks, 0.1)),
-    "pcgrad": lambda tasks, _: PCGrad(tasks),
-    "gradvac": lambda tasks, _: GradVac(tasks),
-    "cagrad": lambda tasks, _: CAGrad(tasks),
-}
 HEADS = {"bottom": RankerConfig(tower=(32,)), "mmoe": RankerConfig(tower=(32,), experts=4)}
 
 

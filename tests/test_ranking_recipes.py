@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ from tiglon.recipes import (
     require_free_ranker,
     train_ranker,
 )
+from tiglon.serving.bundle import Bundle
 
 TINY = {
     "unit.heads": "1",
@@ -250,3 +252,147 @@ def test_a_damaged_ranker_is_one_clean_message(tiglon, tmp_path):
     status, _, stderr = tiglon("evaluate", tmp_path)
     assert status == 1
     assert stderr.startswith("error: a ranker in")
+
+
+# -- crosses, gates and several tasks, from the shell ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bought(tmp_path_factory):
+    """The same tables with how many were bought."""
+    path = tmp_path_factory.mktemp("bought")
+    log, items = tables()
+    quantity = np.random.default_rng(1).integers(1, 4, len(log))
+    log.with_columns(quantity=pl.Series(quantity)).write_parquet(path / "log.parquet")
+    items.write_parquet(path / "items.parquet")
+    return path
+
+
+@pytest.fixture
+def train(tiglon, bought, tmp_path):
+    def run(out, **changes):
+        given = [part for key, value in (TINY | changes).items() for part in ("--set", f"{key}={value}")]
+        command = ["train", "--recipe", "full_attention", "--interactions", bought / "log.parquet"]
+        return tiglon(*command, "--items", bought / "items.parquet", "--out", tmp_path / out, *given)
+
+    return run
+
+
+def test_a_cross_and_a_gate_are_trained_and_kept(train, tmp_path):
+    status, _, err = train("gated", cross="dcn_v2", gate="poso", gate_by="activity,user_id")
+    assert status == 0, err
+    assert "activity (context), user_id (user)" in err
+    ranker = LifelongRanker.load(tmp_path / "gated")
+    assert (ranker.config.cross, ranker.config.gate) == ("dcn_v2", "poso")
+    assert ranker.config.gate_by == ("activity", "user_id")
+    known, stranger = ranker.predict(["u3", "nobody"], [[1, 12], [1, 12]])
+    assert np.isfinite([*known, *stranger]).all()
+
+
+def test_the_probe_shows_before_and_after(train, tiglon, tmp_path):
+    assert train("plain", gate_by="activity")[0] == 0
+    assert train("gated", gate="poso", gate_by="activity")[0] == 0
+    both = ("probe", tmp_path / "plain", tmp_path / "gated")
+    status, out, err = tiglon(*both)
+    assert (status, err) == (0, "")
+    assert "What turning a feature over moves" in out
+    status, out, _ = tiglon(*both, "--json")
+    rows = json.loads(out)["rows"]
+    assert [(row["ranker"], row["feature"]) for row in rows] == [(str(path), "activity") for path in both[1:]]
+    assert all(row["hidden"] > 0 and row["logit"] > 0 for row in rows)
+
+
+def test_what_cannot_be_probed(train, tiglon, bundle_path, tmp_path):
+    assert train("plain")[0] == 0
+    status, out, err = tiglon("probe", tmp_path / "plain")
+    assert (status, out) == (1, "")
+    assert err == (
+        "error: a probe of 'full_attention', which reads nothing of who asks. A probe turns over a feature of the "
+        "user or the context. Train it with gate_by=activity, without a gate and with one.\n"
+    )
+    assert train("asks", gate_by="activity")[0] == 0
+    status, _, err = tiglon("probe", tmp_path / "asks", "--feature", "activty")
+    assert (status, err) == (1, "error: no feature 'activty' of who asks. Did you mean 'activity'?\n")
+    status, _, err = tiglon("probe", bundle_path)
+    assert (status, "which has no ranker. Train one into it: tiglon train" in err) == (1, True)
+    status, _, err = tiglon("probe", tmp_path / "nowhere")
+    assert (status, "a ranker in" in err) == (1, True)
+
+
+def test_several_tasks_are_trained_by_a_method_of_their_name(train, tiglon, tmp_path):
+    changes = {
+        "tasks": "next_basket,quantity_2",
+        "method": "pcgrad",
+        "network.experts": 2,
+        "network.tower": 4,
+    }
+    status, out, err = train("several", **changes)
+    assert status == 0, err
+    ranker = LifelongRanker.load(tmp_path / "several")
+    assert (ranker.tasks, ranker.config.method) == (("next_basket", "quantity_2"), "pcgrad")
+    assert "quantity_2" in out
+    status, found, _ = tiglon("evaluate", tmp_path / "several", "--json")
+    assert [row["task"] for row in json.loads(found)["rows"]] == ["next_basket", "quantity_2"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "pcgard"}, "no multi-task method named 'pcgard'. Did you mean 'pcgrad'?"),
+        ({"method": "pcgrad"}, "method=pcgrad for 1 task. A method weighs several tasks."),
+        ({"tasks": "next_basket,quantity2"}, "no task 'quantity2'. Did you mean 'quantity_2'?"),
+        ({"tasks": "within_30_days"}, "look ahead, here into the moments that are held out"),
+        (
+            {"gate": "poso"},
+            "gate=poso without gate_by. A gate reads something of who asks. Set gate_by=activity",
+        ),
+        ({"gate": "poso", "gate_by": "actvity"}, "Did you mean 'activity'?"),
+        ({"gate": "lhuc", "gate_by": "activity,user_id"}, "It has one vector an id: pass one column"),
+        (
+            {"gate": "poso", "gate_by": "activity", "network.experts": 2},
+            "A gate multiplies the layers of one MLP",
+        ),
+        ({"cross": "dcn2"}, "no crossing layer named 'dcn2'. Did you mean 'dcn'?"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_it_is(train, tmp_path, changes, message):
+    status, out, err = train("x", **changes)
+    assert (status, out) == (1, "")
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_of_a_column_that_is_not_there(tiglon, folder, tmp_path):
+    command = ["train", "--recipe", "din", "--interactions", folder / "log.parquet", "--items"]
+    status, _, err = tiglon(
+        *command, folder / "items.parquet", "--out", tmp_path / "x", "--set", "tasks=next_basket,quantity_2"
+    )
+    assert status == 1
+    assert "no column 'quantity'" in err.splitlines()[-1]
+
+
+def test_a_gated_ranker_joins_a_bundle(tiglon, bundle_path, world_tables, tmp_path):
+    """In the funnel it knows who asks, and how much they did."""
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    given = {"gate": "ppnet", "gate_by": "activity,user_id", "cross": "fm"}
+    changes = [part for key, value in (TINY | given).items() for part in ("--set", f"{key}={value}")]
+    tables = (
+        "--interactions",
+        world_tables / "interactions.parquet",
+        "--items",
+        world_tables / "items.parquet",
+    )
+    status, _, err = tiglon("train", *tables, "--recipe", "din", "--into", copy, *changes)
+    assert status == 0, err
+    status, out, _ = tiglon("probe", copy, "--json")
+    assert [row["feature"] for row in json.loads(out)["rows"]] == ["user_id", "activity"]
+    bundle = Bundle.load(copy)
+    assert bundle.lifelong is not None
+    ranker = bundle.ranker
+    lives = bundle.histories.before(np.array([0, 5]))
+    asked = bundle.lifelong._task(lives, np.array([0, 1, 2]), np.array([1, 2]))
+    theirs = ranker.asked(ranker.histories.users.decode([0, 5]), [[1], [2]])
+    ours = asked.batches(2)[0].profile
+    assert ours.gt(0).all()
+    assert ours.equal(theirs.batches(2)[0].profile)
+    assert tiglon("recommend", copy, "--user", 3)[0] == 0

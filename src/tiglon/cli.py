@@ -245,6 +245,34 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    rankers: Annotated[
+        list[Path], typer.Argument(metavar="RANKER …", help="Rankers, or bundles or homes that have one.")
+    ],
+    feature: Annotated[
+        list[str] | None, typer.Option("--feature", help="Of the user or the context; default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How much a ranker listens to who asks: what turning over a feature, such as "new user", moves.
+
+    Before and after: name a ranker trained with gate_by alone, then one with a gate.
+    """
+    from tiglon.ranking.probe import probe, stored_requests
+    from tiglon.recipes import load_ranker
+    from tiglon.terminal import probe_table
+
+    found = []
+    for path in rankers:
+        ranker = load_ranker(path)
+        found += [(str(path), moved) for moved in probe(ranker, stored_requests(ranker), feature)]
+    if as_json:
+        print(json.dumps({"rows": [{"ranker": path, **moved._asdict()} for path, moved in found]}, indent=1))
+    else:
+        _stdout().print(probe_table(found))
+
+
+@app.command()
 def recommend(
     bundle: BundlePath,
     user: Annotated[str | None, typer.Option(help="A user id of the log.")] = None,

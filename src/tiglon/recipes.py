@@ -22,7 +22,7 @@ import json
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,16 +31,23 @@ import numpy as np
 import polars as pl
 
 from tiglon.data.events import Table, align, read_interactions, read_items
-from tiglon.data.features import GAP, ITEM, Feature, FeatureSchema, Role, fit
+from tiglon.data.features import ACTIVITY, GAP, ITEM, Feature, FeatureSchema, Role, fit
 from tiglon.data.histories import HistoryStore
-from tiglon.data.ranking import BasketConfig, RankingTask, next_basket
+from tiglon.data.ranking import (
+    NEXT_BASKET,
+    QUANTITY_2,
+    WITHIN_30_DAYS,
+    BasketConfig,
+    RankingTask,
+    next_basket,
+)
 from tiglon.data.split import leave_last_out, moment_starts
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
-from tiglon.errors import ConfigError, DataError, did_you_mean
+from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
 from tiglon.evaluation.ranking import RankingEvaluation
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
-from tiglon.ranking.units import UNITS
+from tiglon.ranking.units import NONE, UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
 from tiglon.retrieval.retriever import Retriever
@@ -55,7 +62,7 @@ from tiglon.semantic_ids.lsh import LSH
 from tiglon.semantic_ids.random_ids import RandomIds
 from tiglon.semantic_ids.rqvae import RQVAEConfig, RQVAETokenizer
 from tiglon.semantic_ids.tokenizer import Tokenizer
-from tiglon.serving.bundle import Bundle, ItemText, codes_of, require_free, require_same_log
+from tiglon.serving.bundle import Bundle, ItemText, codes_of, is_bundle, require_free, require_same_log
 from tiglon.serving.funnel import FunnelConfig
 from tiglon.serving.publish import bundle_folder, publish
 from tiglon.train.loop import Progress, TrainConfig
@@ -276,16 +283,31 @@ def _addresses(column: pl.Series) -> bool:
 _FEW = 1_000  # values that a category of the log has at most
 
 
-def ranking_schema(items: Items, log: Interactions) -> FeatureSchema:
+_ASKING: dict[str, Feature] = {  # what a log says of who asks
+    ACTIVITY: Feature(ACTIVITY, "context", "number"),
+    "user_id": Feature("user_id", "user"),
+}
+
+
+def ranking_schema(items: Items, log: Interactions, gate_by: Sequence[str] = ()) -> FeatureSchema:
     """What a ranker reads of these tables.
 
     Of an item: its id, numbers, and the columns that sort items into groups, those with at most half as many
     values as there are items (16 wide above a hundred values, else 8). Of a behaviour: how long ago it was,
     and the numbers and categories of its line. Left out: lists, dates, columns whose names end in "id" on the
     lines of the log, texts with more than a thousand values there, columns of one value, and columns of the
-    log named like one of the items.
+    log named like one of the items. Of who asks: what `gate_by` names, of "activity" (how many behaviours came before)
+    and "user_id". Raises ConfigError for another name.
     """
+    for name in gate_by:
+        if name not in _ASKING:
+            raise ConfigError(
+                f"gate_by={name}",
+                rule="From a log alone it is known who asks (user_id) and how much they did before (activity)",
+                fix=did_you_mean(name, _ASKING),
+            )
     features = [Feature(ITEM, "inherent", width=64), Feature(GAP, "cross", "number")]
+    features += [_ASKING[name] for name in gate_by]
     columns: list[tuple[Role, pl.DataFrame]] = [("inherent", items.table), ("cross", log.extra)]
     for role, table in columns:
         for column in table.get_columns():
@@ -488,15 +510,29 @@ def _train_ranker(
     settings = override(recipe, changes or {})
     if minutes is not None:
         settings = override(settings, {"train.minutes": str(minutes)})
-    schema = ranking_schema(catalogue, log)
+    if settings.gate != NONE and not settings.gate_by:
+        raise ConfigError(
+            f"gate={settings.gate} without gate_by",
+            rule="A gate reads something of who asks",
+            fix=f"Set gate_by={ACTIVITY} or gate_by=user_id",
+        )
+    if settings.method != NONE and len(settings.tasks) < 2:
+        raise ConfigError(
+            f"method={settings.method} for {len(settings.tasks)} task",
+            rule="A method weighs several tasks",
+            fix=f"Set tasks={NEXT_BASKET},{QUANTITY_2}, or leave the method out",
+        )
+    schema = ranking_schema(catalogue, log, settings.gate_by)
     named = ", ".join(f"{f.name} ({f.role})" for f in schema.features)
     reporter.say(f"Features: {named}")
-    learn, validation, test = ranking_tasks(log, catalogue, schema)
+    learn, validation, test = ranking_tasks(log, catalogue, schema, settings.tasks)
     reporter.say(
         f"{len(learn):,} requests to learn from, {len(validation):,} to select on, {len(test):,} to test on"
     )
+    ranker = LifelongRanker.of(
+        learn, settings
+    )  # settings that do not go together are refused before anything is left
     work = _workshop(out, log, catalogue, settings, reporter)
-    ranker = LifelongRanker.of(learn, settings)
     count = sum(p.numel() for p in ranker.network.parameters())
     reporter.say(f"A ranker with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     ranker.fit(learn, validation, directory=work, report=_bar(reporter, "requests", "GAUC"))
@@ -507,15 +543,28 @@ def _train_ranker(
 
 
 def ranking_tasks(
-    log: Interactions, catalogue: Items, schema: FeatureSchema
+    log: Interactions,
+    catalogue: Items,
+    schema: FeatureSchema,
+    tasks: Sequence[str] = (NEXT_BASKET,),
 ) -> tuple[RankingTask, RankingTask, RankingTask]:
     """(to learn from, to select on, to test on): a user's moments from the second, the last but one, the last.
 
     Boundaries, vocabularies and popularity are those of the moments that are learned from.
-    Raises DataError where no user has three moments.
+    tasks: of "next_basket" (taken then) and "quantity_2" (two or more at once, by the column `quantity`).
+    Raises ConfigError for another task, SchemaError without the column, DataError where no user has three moments.
     """
+    for name in tasks:
+        if name == WITHIN_30_DAYS:
+            raise ConfigError(
+                f"the task '{name}'",
+                rule="Its labels look ahead, here into the moments that are held out",
+                fix="Split by time in Python, as data.ranking.complete_journey_task does",
+            )
+        if name not in (NEXT_BASKET, QUANTITY_2):
+            raise ConfigError(f"no task '{name}'", fix=did_you_mean(name, (NEXT_BASKET, QUANTITY_2)))
     learned = leave_last_out(log).train
-    features = fit(schema, catalogue, learned)
+    features = fit(schema, catalogue, learned, pl.DataFrame({"user_id": log.users.raw}))
     counts = np.bincount(learned.item, minlength=len(catalogue))
     store = features.store(log)
     start = moment_starts(log)
@@ -531,10 +580,23 @@ def ranking_tasks(
     part = np.where(enough, np.maximum(2 - left, 0), 0)  # 0 learn, 1 select, 2 test
     part = np.repeat(part, np.diff(start, append=len(log)))
     made = [
-        next_basket(log, features, counts, part == p, BasketConfig(first=1, seed=p), store=store)
+        next_basket(log, features, counts, part == p, BasketConfig(first=1, seed=p), tasks=tasks, store=store)
         for p in range(3)
     ]
     return made[0], made[1], made[2]
+
+
+def load_ranker(source: str | Path) -> LifelongRanker:
+    """The ranker that a path means: itself, or that of a bundle, or of a home's current one. Raises BundleError."""
+    folder = bundle_folder(Path(source))
+    if is_bundle(folder):
+        folder = folder / "ranker"
+        if not is_ranker(folder):
+            raise BundleError(
+                f"the bundle {source}, which has no ranker",
+                fix=f"Train one into it: tiglon train --recipe twin … --into {source}",
+            )
+    return LifelongRanker.load(folder)
 
 
 def require_free_ranker(path: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tiglon.ranking.probe import Moved
 from tiglon.recipes import Reporter, text_columns
 from tiglon.serving.bundle import Bundle, Recommendation
 from tiglon.serving.messages import RecommendedItem
@@ -87,6 +88,20 @@ def recommendation_table(
     described = describe(bundle, [r.item_id for r in found])
     for r, words in zip(found, described, strict=True):
         rows.add_row(str(r.item_id), words, f"{r.score:.3f}", r.source)
+    return rows
+
+
+def probe_table(found: Sequence[tuple[str, Moved]]) -> Table:
+    """A line a ranker and feature."""
+    rows = Table(title="What turning a feature over moves", box=box.SIMPLE_HEAD, padding=(0, 1))
+    rows.add_column("ranker")
+    rows.add_column("feature", no_wrap=True)
+    for name in ("values", "last hidden layer", "answers"):
+        rows.add_column(name, justify="right")
+    for whose, moved in found:
+        hidden = "–" if math.isnan(moved.hidden) else f"{moved.hidden:.1%}"
+        rows.add_row(whose, moved.feature, f"{moved.values:,}", hidden, f"{moved.logit:.3f}")
+    rows.caption = "the layer: of its own size; answers: mean change of the log-odds"
     return rows
 
 

@@ -73,6 +73,20 @@ def fitted() -> FittedFeatures:
         (lambda: Feature("x", "cross", "float"), r"feature 'x' of kind 'float'\. A kind is category, number"),
         (lambda: Feature("x", "cross", "number", buckets=1), r"buckets=1.*at least 2 buckets"),
         (lambda: Feature("gap", "context"), r"'gap' as context category.*Rename the column"),
+        (
+            lambda: Feature("activity", "context"),
+            r"'activity' as a category of the context.*Rename the column",
+        ),
+        (
+            lambda: FeatureSchema(
+                [
+                    *SCHEMA.features,
+                    Feature("activity", "context", "number"),
+                    Feature("x", "context", of=("hour", "activity")),
+                ]
+            ),
+            r"feature 'x' of 'activity'.*never of 'gap' or 'activity'",
+        ),
         (lambda: Feature("item_id", "cross"), r"'item_id' as cross category\. It is an inherent category"),
         (lambda: FeatureSchema([Feature("b", "inherent")] * 2), r"features named 'b' twice"),
         (
@@ -302,3 +316,28 @@ def test_the_store_of_the_features_is_a_history_store(fitted, tmp_path):
     fitted.store(log).save(tmp_path / "lives")
     found = HistoryStore.load(tmp_path / "lives")
     np.testing.assert_array_equal(found.features["price"], fitted.line_codes(log.extra)["price"])
+
+
+# -- activity ----------------------------------------------------------------------------------------------
+
+
+def test_activity_is_how_many_lines_came_before(tmp_path):
+    """Of u, v and w: 0, 0, 2; 0, 1; 0. Lines of one moment do not count for each other."""
+    schema = FeatureSchema([*SCHEMA.features, Feature("activity", "context", "number", buckets=6)])
+    log, items = tables(LOG.with_columns(activity=pl.lit("not read")))
+    found = fit(schema, items, log, USERS)
+    assert found.coders["activity"].boundaries.tolist() == [1, 2]
+    assert found.activity == 2  # after age and hour
+    assert found.profile_sizes[2] == 4
+    profile = found.profile_codes(np.array([0]), pl.DataFrame({"hour": [8]}))
+    assert profile[0, 2] == 0  # until a batch reads the life
+    found.save(tmp_path / "features")
+    assert FittedFeatures.load(tmp_path / "features").coders["activity"].boundaries.tolist() == [1, 2]
+
+
+def test_a_column_of_that_name_is_one_like_any_other_elsewhere():
+    schema = FeatureSchema([Feature("item_id", "inherent"), Feature("activity", "cross")])
+    log, items = tables(LOG.with_columns(activity=pl.lit("run")))
+    found = fit(schema, items, log)
+    assert found.activity is None
+    assert found.line_codes(log.extra)["activity"].tolist() == [1] * 6

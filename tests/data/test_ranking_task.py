@@ -199,6 +199,26 @@ def test_clusters_say_how_many_they_stand_for():
     )
 
 
+def test_the_activity_counts_whole_lives():
+    """Those before the request, however few of them are read; of clusters what they stand for."""
+    log, items = log_of()
+    features = fit(FeatureSchema([*SCHEMA.features, Feature("activity", "context", "number")]), items, log)
+    task = next_basket(log, features, np.bincount(log.item, minlength=len(items)))
+    coder, column = features.coders["activity"], features.activity
+    before = [
+        int(((log.user == user) & (log.time < time)).sum())
+        for user, time in zip(task.user, task.time, strict=True)
+    ]
+    assert not task.profile[:, column].any()
+    for last in (None, 3):
+        found = np.concatenate([batch.profile[:, column] for batch in task.batches(7, last=last)])
+        np.testing.assert_array_equal(found, coder.of(np.array(before, float)))
+    assert not task.profile[:, column].any()  # a batch's codes are its own
+    twos = replace(task.store, features=task.store.features | {"size": np.full(len(task.store.item), 2)})
+    clustered = replace(task, store=twos).batches(7)[0].profile[:, column]
+    np.testing.assert_array_equal(clustered, coder.of(2.0 * np.array(before[:7])))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,6 +16,7 @@ from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, me
 from tiglon.ranking.ranker import RankerConfig
 from tiglon.ranking.units import UnitConfig
 from tiglon.train.loop import TrainConfig
+from tiglon.train.multitask import DWA, PCGrad
 
 SCHEMA = FeatureSchema(
     [
@@ -102,6 +103,21 @@ def test_a_killed_run_goes_on(task, tmp_path):
         LifelongRanker.of(few, resumed).fit(few, directory=tmp_path, report=kill)
     again = LifelongRanker.of(few, resumed).fit(few, directory=tmp_path)
     assert again.version == whole.version
+
+
+def test_a_method_by_its_name_is_that_method(task, tmp_path):
+    few = task.select(np.arange(60))
+    short = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=1))
+    named = LifelongRanker.of(few, dataclasses.replace(short, method="pcgrad")).fit(few, few)
+    given = LifelongRanker.of(few, short).fit(few, few, method=PCGrad(few.tasks))
+    assert named.version == given.version != LifelongRanker.of(few, short).fit(few, few).version
+    named.save(tmp_path / "ranker")
+    assert LifelongRanker.load(tmp_path / "ranker").config == named.config
+    both = LifelongRanker.of(few, dataclasses.replace(short, method="pcgrad"))
+    period = len(few.batches(short.requests))
+    assert (
+        both.fit(few, few, method=DWA(few.tasks, period)).version != named.version
+    )  # what is given goes first
 
 
 def test_a_task_of_other_labels_is_refused(ranker, task):
@@ -394,7 +410,7 @@ def test_rankers_from_before_crosses_and_gates_still_load(ranker, task, tmp_path
     ranker.save(tmp_path / "ranker")
     file = tmp_path / "ranker" / "ranker.json"
     about = json.loads(file.read_text())
-    for name in ("cross", "gate", "gate_by"):
+    for name in ("cross", "gate", "gate_by", "method", "tasks"):
         del about["config"][name]
     del about["config"]["network"]["field_width"]
     file.write_text(json.dumps(about))
@@ -405,6 +421,7 @@ def test_rankers_from_before_crosses_and_gates_still_load(ranker, task, tmp_path
     "settings, words",
     [
         ({"cross": "dcn2"}, r"no crossing layer named 'dcn2'\. Did you mean 'dcn'\?"),
+        ({"method": "pcgard"}, r"no multi-task method named 'pcgard'\. Did you mean 'pcgrad'\?"),
         ({"gate": "possum"}, r"no gate named 'possum'\. Did you mean 'poso'\?"),
         ({"gate": "poso", "gate_by": ("hours",)}, r"a gate by 'hours'.*Did you mean 'hour'\?"),
         ({"gate": "poso"}, r"It reads at least one, and there are 1\. Give the schema a user or context"),

@@ -12,6 +12,7 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.train.loop import TrainConfig, train
 from tiglon.train.multitask import (
     DWA,
+    METHODS,
     MGDA,
     PELTR,
     Balanced,
@@ -523,6 +524,17 @@ def test_a_nan_in_a_gradient_is_named_too(kind):
     with pytest.raises(DataError, match="a gradient that is not finite, of the task b"):
         kind(AB)({"a": x.sum(), "b": x.abs().sqrt().sum()}, [x])
     assert x.grad is None
+
+
+def test_methods_have_names():
+    """All but fixed weights, which have no default."""
+    made = [make(ABC, 7) for make in METHODS.values()]
+    assert {*map(type, made)} == {type(method) for method in every_method()} - {Fixed}
+    assert all(method.tasks == ABC for method in made)
+    assert next(method.period for method in made if isinstance(method, DWA)) == 7
+    METHODS["pe_ltr"](
+        [f"task {n}" for n in range(20)], 7
+    )  # bounds whose sum is below 1 for any number of tasks
 
 
 def test_bad_options_are_refused():

@@ -24,6 +24,8 @@ The stated rules
     gap           a reserved cross feature: time from the behaviour to the request, in the log's unit. It is
                   coded when it is read, in buckets evenly spaced in its logarithm between the 1% and the
                   99% quantile of the gaps between two events of a user in training.
+    activity      a reserved context feature: how many behaviours the user has before the request. It is coded when
+                  the life is read, in buckets at the quantiles over the training lines.
 
 Letters: E events, N items, U users, R requests, T behaviours of all requests, F inherent, J cross and
 X profile features.
@@ -59,6 +61,7 @@ Kind: TypeAlias = Literal["category", "number"]
 
 FORMAT = 2  # 1: without crosses
 GAP = "gap"
+ACTIVITY = "activity"
 ITEM = "item_id"
 
 
@@ -93,6 +96,12 @@ class Feature:
             raise ConfigError(
                 f"'{GAP}' as {self.role} {self.kind}",
                 rule="The name is reserved for the time to the request, a cross number",
+                fix="Rename the column",
+            )
+        if (self.name, self.role) == (ACTIVITY, "context") and self.kind != "number":
+            raise ConfigError(
+                f"'{ACTIVITY}' as a {self.kind} of the context",
+                rule="There the name is reserved for how many behaviours came before, a number",
                 fix="Rename the column",
             )
         object.__setattr__(self, "of", tuple(self.of))
@@ -130,12 +139,12 @@ class FeatureSchema:
             )
         for place, feature in enumerate(self.features):
             roles = {"context": ("user", "context")}.get(feature.role, (feature.role,))
-            known = [f.name for f in self.features[:place] if f.role in roles and f.name != GAP]
+            known = [f.name for f in self.features[:place] if f.role in roles and not _of_life(f)]
             for name in feature.of:
                 if name not in known:
                     raise ConfigError(
                         f"feature '{feature.name}' of '{name}'",
-                        rule=f"A cross is of {' and '.join(roles)} features declared before it, never of '{GAP}'",
+                        rule=f"A cross is of {' and '.join(roles)} features declared before it, never of '{GAP}' or '{ACTIVITY}'",
                         fix=did_you_mean(name, known) if known else "",
                     )
 
@@ -145,7 +154,12 @@ class FeatureSchema:
 
     def columns(self, *roles: Role) -> list[str]:
         """The columns that the features of these roles read."""
-        return [f.name for f in self.of(*roles) if not f.of and f.name not in (ITEM, GAP)]
+        return [f.name for f in self.of(*roles) if not (f.of or f.name == ITEM or _of_life(f))]
+
+
+def _of_life(feature: Feature) -> bool:
+    """Whether it is coded when a life is read, and no column."""
+    return feature.name == GAP or (feature.name, feature.role) == (ACTIVITY, "context")
 
 
 # -- one column → codes ------------------------------------------------------------------------------------
@@ -247,6 +261,14 @@ def _fit_gap(log: Interactions, buckets: int) -> Buckets:
     return Buckets(np.unique(np.geomspace(low, high, buckets - 1)))
 
 
+def _earlier(log: Interactions) -> np.ndarray:
+    """(E,) how many lines of the same user are earlier than each; the log is sorted by user and time."""
+    moment = np.ones(len(log), bool)
+    moment[1:] = (np.diff(log.user) != 0) | (np.diff(log.time) != 0)
+    first = np.maximum.accumulate(np.where(moment, np.arange(len(log)), 0))
+    return first - np.searchsorted(log.user, log.user)
+
+
 # -- all of them -------------------------------------------------------------------------------------------
 
 
@@ -286,7 +308,11 @@ def fit(
             coders[GAP] = _fit_gap(log, feature.buckets)
     _learn([f for f in schema.of("cross") if f.name != GAP], log.extra, one, coders)
     who = {name: codes[log.user] for name, codes in user.items()}
-    _learn(schema.of("context"), log.extra, one, coders, who)
+    columns = [feature for feature in schema.of("context") if not _of_life(feature)]
+    _learn(columns, log.extra, one, coders, who)
+    for feature in schema.of("context"):
+        if _of_life(feature):
+            coders[ACTIVITY] = Buckets(_quantiles(_earlier(log).astype(np.float64), one, feature.buckets))
     return FittedFeatures(schema, coders, item_codes, user_codes)
 
 
@@ -391,6 +417,12 @@ class FittedFeatures:
         """Codes of each feature of the user, then of the context."""
         return [self.coders[feature.name].size for feature in self.schema.of("user", "context")]
 
+    @property
+    def activity(self) -> int | None:
+        """The column of the activity in a profile, if it is a feature."""
+        names = [(feature.name, feature.role) for feature in self.schema.of("user", "context")]
+        return names.index((ACTIVITY, "context")) if (ACTIVITY, "context") in names else None
+
     def embedding(self) -> dict[str, Any]:
         """The arguments of `tiglon.nn.embedding.FeatureEmbedding`."""
         return {
@@ -440,13 +472,20 @@ class FittedFeatures:
         return codes
 
     def profile_codes(self, user: np.ndarray, context: pl.DataFrame | None = None) -> np.ndarray:
-        """(R, X) int64 codes of users (−1: unknown), then of the request's context, R lines. Raises SchemaError."""
+        """(R, X) int64 codes of users (−1: unknown), then of the request's context, R lines. Raises SchemaError.
+
+        That of the activity is 0 until the life is read, when a batch is built.
+        """
         context = pl.DataFrame() if context is None else context
         require_columns(context.columns, self.schema.columns("context"))
         who = self.user_codes[user]
         codes = {feature.name: who[:, x] for x, feature in enumerate(self.schema.of("user"))}
         for feature in self.schema.of("context"):
-            codes[feature.name] = _code(feature, self.coders, context, codes)
+            codes[feature.name] = (
+                np.zeros(len(who), np.int64)
+                if _of_life(feature)
+                else _code(feature, self.coders, context, codes)
+            )
         columns = [code.astype(np.int64) for code in codes.values()]
         return np.stack(columns, axis=1) if columns else np.zeros((len(who), 0), np.int64)
 

@@ -23,7 +23,7 @@ import polars as pl
 import torch
 
 from tiglon.data.events import align, read_interactions, read_items, require_columns
-from tiglon.data.features import Feature, FeatureSchema, FittedFeatures, fit, gaps
+from tiglon.data.features import ACTIVITY, Buckets, Feature, FeatureSchema, FittedFeatures, fit, gaps
 from tiglon.data.histories import offsets_of
 from tiglon.data.sources import KUAIRAND_LABELS, Source, complete_journey
 from tiglon.data.split import moment_starts
@@ -180,9 +180,24 @@ class Batches(Sequence[RankingBatch]):
         return RankingBatch(
             item=_padded(offsets, task.item[of].astype(np.int64), MISSING),
             past=_behaviours(task.features, past, time),
-            profile=torch.from_numpy(task.profile[rows].astype(np.int64)),
+            profile=torch.from_numpy(_profile(task, rows, past)),
             label=_padded(offsets, task.label[of], float("nan")),
         )
+
+
+def _profile(task: RankingTask, rows: np.ndarray, past: Histories) -> np.ndarray:
+    """(B, X) int64. The activity counts whole lives; a cluster counts as the behaviours that it stands for."""
+    profile = task.profile[rows].astype(np.int64)
+    if (column := task.features.activity) is not None:
+        size, coder = past.features.get("size"), task.features.coders[ACTIVITY]
+        assert isinstance(coder, Buckets)
+        before = (
+            task.store.lengths(task.user[rows], task.time[rows])
+            if size is None
+            else np.bincount(past.owner, size, minlength=len(rows))
+        )
+        profile[:, column] = coder.of(before.astype(np.float64))
+    return profile
 
 
 def _behaviours(features: FittedFeatures, past: Histories, time: np.ndarray) -> Behaviours:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from tiglon.data.features import FittedFeatures
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore, offsets_of
-from tiglon.data.ranking import Lives, RankingTask
+from tiglon.data.ranking import NEXT_BASKET, Lives, RankingTask
 from tiglon.errors import BundleDamagedError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
 from tiglon.nn.embedding import FeatureEmbedding
@@ -42,7 +42,7 @@ from tiglon.ranking.gates import GATES
 from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
 from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.train.multitask import Balanced, MultiTask
+from tiglon.train.multitask import METHODS, Balanced, MultiTask
 from tiglon.types import ItemVectors, RankingBatch
 
 FORMAT = 1
@@ -55,6 +55,10 @@ class LifelongConfig:
     cross: str = NONE  # a crossing layer, by its name in `crosses`
     gate: str = NONE  # a gate, by its name in `gates`
     gate_by: tuple[str, ...] = ()  # the user and context features that the gate reads
+    method: str = (
+        NONE  # what each task's loss counts, by its name in `multitask`; none: the mean of all labels
+    )
+    tasks: tuple[str, ...] = (NEXT_BASKET,)  # that a recipe makes of a log; a task of your own brings its own
     unit: UnitConfig = field(default_factory=UnitConfig)
     network: RankerConfig = field(default_factory=RankerConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, lr=3e-3, bfloat16=False))
@@ -65,7 +69,11 @@ class LifelongConfig:
     def __post_init__(self) -> None:
         require_unit(self.long)
         require_unit(self.short)
-        for kind, name, known in (("crossing layer", self.cross, CROSSES), ("gate", self.gate, GATES)):
+        for kind, name, known in (
+            ("crossing layer", self.cross, CROSSES),
+            ("gate", self.gate, GATES),
+            ("multi-task method", self.method, METHODS),
+        ):
             if name not in (NONE, *known):
                 raise ConfigError(f"no {kind} named '{name}'", fix=did_you_mean(name, [*known, NONE]))
         for name in ("requests", "validation_requests"):
@@ -158,8 +166,8 @@ class LifelongRanker:
     ) -> LifelongRanker:
         """Learn from the task's labels; keep the weights whose GAUC of the first label is best on `validation`.
 
-        method: what each label's loss counts, of `train.multitask`; then the mean GAUC of all labels selects.
-            None: the mean over all labels is minimised.
+        method: what each label's loss counts, of `train.multitask`, in place of the one that the settings name; then
+            the mean GAUC of all labels selects. Without any the mean over all labels is minimised.
         directory: for checkpoints; the same call on the same directory goes on where it stopped.
         Raises DataError for a task of other labels or items, or with a label that is always 0 or always 1.
         """
@@ -175,6 +183,9 @@ class LifelongRanker:
 
         def epoch_batches(epoch: int) -> Sequence[RankingBatch]:
             return task.batches(c.requests, last=c.longest, seed=c.train.seed * 1_000_003 + epoch)
+
+        if method is None and c.method != NONE:
+            method = METHODS[c.method](self.tasks, len(epoch_batches(0)))
 
         def validate() -> float:
             assert sample is not None
@@ -288,7 +299,7 @@ class LifelongRanker:
             raise DataError(
                 f"{len(candidates)} lists of candidates for {len(users)} users", rule="One list a user"
             )
-        asked = self._requests(users, candidates, time, context)
+        asked = self.asked(users, candidates, time, context)
         score = self.score(asked)[:, head]
         return [score[a:b] for a, b in zip(asked.offsets[:-1], asked.offsets[1:], strict=True)]
 
@@ -305,7 +316,7 @@ class LifelongRanker:
 
         Raises ConfigError where the unit does not attend to single behaviours.
         """
-        asked = self._requests([user], [[candidate]], time, context)
+        asked = self.asked([user], [[candidate]], time, context)
         batch = asked.batches(1, last=self.config.longest)[0]
         with torch.inference_mode():
             found = self.network.eval().score(batch)[1]
@@ -333,14 +344,14 @@ class LifelongRanker:
             raise ConfigError(f"no task '{task}'", fix=did_you_mean(task, self.tasks))
         return self.tasks.index(task)
 
-    def _requests(
+    def asked(
         self,
         users: Sequence[Any],
         candidates: Sequence[Sequence[Any]],
-        time: int | Sequence[int] | None,
-        context: pl.DataFrame | None,
+        time: int | Sequence[int] | None = None,
+        context: pl.DataFrame | None = None,
     ) -> RankingTask:
-        """What is asked, as a task without labels."""
+        """What is asked, as a task without labels; arguments as of `predict`."""
         store = self.histories
         if time is None:
             time = int(store.time.max(initial=-1)) + 1
@@ -350,7 +361,7 @@ class LifelongRanker:
         if context is not None and context.height != len(users):
             raise DataError(f"{context.height} lines of context for {len(users)} users", rule="One a user")
         if context is None:
-            names = [feature.name for feature in self.features.schema.of("context")]
+            names = self.features.schema.columns("context")
             context = pl.DataFrame({name: [None] * len(users) for name in names})
         user = store.users.encode(list(users))
         item = store.items.encode([item for given in candidates for item in given])
@@ -519,6 +530,6 @@ def _config(saved: dict[str, Any]) -> LifelongConfig:
     for name in ("hidden", "tower"):
         network[name] = tuple(network.get(name, ()))
     training["betas"] = tuple(training["betas"])
-    saved["gate_by"] = tuple(saved.get("gate_by", ()))
+    saved |= {name: tuple(saved[name]) for name in ("gate_by", "tasks") if name in saved}
     unit = UnitConfig(**saved.pop("unit"))
     return LifelongConfig(unit=unit, network=RankerConfig(**network), train=TrainConfig(**training), **saved)

@@ -70,7 +70,7 @@ class Lifelong:
         newest = np.full(B, -1)
         np.maximum.at(newest, owner, time)
         now = np.where(newest < self._oldest, newest, np.maximum(newest, self._newest)) + 1
-        context = [feature.name for feature in ranker.features.schema.of("context")]
+        context = ranker.features.schema.columns("context")
         return RankingTask(
             store=HistoryStore(
                 Vocabulary(range(B)),

@@ -47,8 +47,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -412,6 +412,24 @@ def min_norm(gram: np.ndarray) -> np.ndarray:
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T
     x, _ = nnls(np.vstack([root, np.ones(T)]), np.append(np.zeros(T), 1.0))
     return x / x.sum()
+
+
+# -- by name ---------------------------------------------------------------------------------------------------
+
+# tasks, steps of an epoch → method, with its paper's settings
+MakeMethod: TypeAlias = Callable[[Sequence[str], int], MultiTask]
+
+METHODS: dict[str, MakeMethod] = {
+    "equal": lambda tasks, _: Equal(tasks),
+    "uncertainty": lambda tasks, _: Uncertainty(tasks),
+    "dwa": lambda tasks, steps: DWA(tasks, steps),
+    "gradnorm": lambda tasks, _: GradNorm(tasks),
+    "mgda": lambda tasks, _: MGDA(tasks),
+    "pe_ltr": lambda tasks, _: PELTR(dict.fromkeys(tasks, 0.3 / len(tasks))),
+    "pcgrad": lambda tasks, _: PCGrad(tasks),
+    "gradvac": lambda tasks, _: GradVac(tasks),
+    "cagrad": lambda tasks, _: CAGrad(tasks),
+}
 
 
 # -- with the training loop ----------------------------------------------------------------------------------
