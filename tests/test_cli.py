@@ -185,6 +185,17 @@ def test_publish_rollback_prune(tiglon, bundle_path, tmp_path):
     assert (status, "no bundle is published in" in err) == (1, True)
 
 
+def test_a_key_is_printed_once_and_may_have_a_limit(tiglon, tmp_path):
+    file = tmp_path / "keys.json"
+    _, token, told = tiglon("key", file, "--name", "shop", "--per-minute", 600)
+    assert token.strip() not in file.read_text()
+    assert "Authorization: Bearer KEY" in told
+    (kept,) = json.loads(file.read_text())["keys"]
+    assert (kept["name"], kept["scopes"], kept["per_minute"]) == ("shop", ["read"], 600)
+    status, _, told = tiglon("key", file, "--name", "other", "--per-minute", 0)
+    assert (status, "per_minute=0. A key may send at least one request a minute." in told) == (1, True)
+
+
 def test_ids_report_and_plot(tiglon, bundle_path, tmp_path):
     status, out, _ = tiglon("ids", "report", bundle_path, "--plot", tmp_path / "ids.png")
     assert status == 0

@@ -440,11 +440,14 @@ def key(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="For `tiglon serve --keys`; made if missing.")],
     name: Annotated[str, typer.Option(help="Whose key; it stands in the log.")],
     write: Annotated[bool, typer.Option("--write", help="It may also change events, items, users.")] = False,
+    per_minute: Annotated[
+        int | None, typer.Option(help="Requests that it may send; default: no limit.")
+    ] = None,
 ) -> None:
     """Make an API key and print it, this once. The file keeps its hash; delete an entry to withdraw a key."""
     from tiglon.serving.security import add_key
 
-    print(add_key(file, name, frozenset({"read", "write"} if write else {"read"})))
+    print(add_key(file, name, frozenset({"read", "write"} if write else {"read"}), per_minute))
     _say(f"{file} knows it as '{name}'. Send it as: Authorization: Bearer KEY")
 
 

@@ -11,7 +11,14 @@ from tiglon.errors import ConfigError
 from tiglon.serving.api import create_app
 from tiglon.serving.desk import Settings
 from tiglon.serving.logs import JsonLines
-from tiglon.serving.security import Keys, add_key, host_of, is_loopback, require_keys_beyond_loopback
+from tiglon.serving.security import (
+    Allowance,
+    Keys,
+    add_key,
+    host_of,
+    is_loopback,
+    require_keys_beyond_loopback,
+)
 from tiglon.serving.server import serve
 from tiglon.serving.state import LmdbState
 
@@ -106,6 +113,99 @@ def test_names_are_plain_and_given_once(file):
     with pytest.raises(ConfigError, match="up to 64 letters"):
         add_key(file, "shop\nadmin", READ)
     assert len(json.loads(file.read_text())["keys"]) == 1
+
+
+# -- limits ----------------------------------------------------------------------------------------------------
+
+
+def test_a_key_may_ask_so_often_at_once_and_then_as_the_minute_passes(file):
+    now = 100.0
+    allowance = Allowance(lambda: now)
+    token = add_key(file, "slow", READ, per_minute=6)
+    slow = Keys(file).find(token)
+    assert [allowance.wait(slow) for _ in range(6)] == [0.0] * 6
+    assert allowance.wait(slow) == pytest.approx(10)
+    now += 4
+    assert allowance.wait(slow) == pytest.approx(6)  # who asks too early does not wait longer for it
+    now += 6
+    assert allowance.wait(slow) == 0.0
+    assert allowance.wait(slow) == pytest.approx(10)
+    now += 10_000
+    assert [allowance.wait(slow) > 0 for _ in range(7)] == [False] * 6 + [True]  # it holds no more than that
+
+
+def test_keys_do_not_share_a_limit_and_need_none(file):
+    tokens = [add_key(file, "a", READ, 1), add_key(file, "b", READ, 1), add_key(file, "free", READ)]
+    keys, allowance = Keys(file), Allowance(lambda: 0.0)
+    first, second, free = map(keys.find, tokens)
+    assert (allowance.wait(first), allowance.wait(first)) == (0.0, 60.0)
+    assert allowance.wait(second) == 0.0
+    assert {allowance.wait(free) for _ in range(1000)} == {0.0}
+
+
+def test_a_limit_that_was_changed_holds_at_once(file):
+    token = add_key(file, "a", READ, 600)
+    allowance, key = Allowance(lambda: 0.0), Keys(file).find(token)
+    assert allowance.wait(key) == 0.0
+    lower = key.model_copy(update={"per_minute": 2})
+    assert [allowance.wait(lower) for _ in range(3)] == [0.0, 0.0, 30.0]
+
+
+def test_the_file_says_limits_where_there_are_any(file):
+    add_key(file, "free", READ)
+    token = add_key(file, "shop", READ, 600)
+    assert [key.get("per_minute") for key in json.loads(file.read_text())["keys"]] == [None, 600]
+    assert "per_minute" not in json.loads(file.read_text())["keys"][0]
+    assert Keys(file).find(token).per_minute == 600
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_a_limit_of_nothing_is_refused(file, wrong):
+    message = (
+        rf"per_minute={wrong}\. A key may send at least one request a minute\. Leave it out for no limit\."
+    )
+    with pytest.raises(ConfigError, match=message):
+        add_key(file, "shop", READ, wrong)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-5", "1.5", '"600"', "true"])
+def test_a_file_with_a_limit_that_is_none_is_refused(file, wrong):
+    add_key(file, "shop", READ, 600)
+    file.write_text(file.read_text().replace("600", wrong))
+    with pytest.raises(ConfigError, match='"per_minute": 1 or more'):
+        Keys(file)
+
+
+def test_a_key_gets_429_until_its_minute_has_passed(bundle_path, working, tmp_path, file):
+    now = 0.0
+    slow, free = add_key(file, "slow", READ, per_minute=3), add_key(file, "free", READ)
+    app = create_app(bundle_path, None, Settings(keys=file))
+    (gate,) = app.user_middleware
+    gate.kwargs["clock"] = lambda: now
+    with working(app) as server:
+        client, asked = server.with_key(slow), {"user_id": 3, "k": 2}
+        for _ in range(3):
+            client.post("/v1/recommend", asked)
+        status, headers, content = client.ask("POST", "/v1/recommend", asked)
+        assert (status, content["error"], headers["Retry-After"]) == (429, "too_many_requests", "20")
+        assert content["what"] == "more than 3 requests a minute with the key 'slow'"
+        assert content["rule"].startswith("A key with a limit")
+        assert "Retry-After" in content["fix"]
+        assert content["request_id"] == headers["X-Request-ID"]
+        assert headers["Cache-Control"] == "no-store"
+        now = 19.5
+        assert client.ask("GET", "/v1/users/3")[1]["Retry-After"] == "1"  # whatever it asks for
+        assert client.ask("GET", "/health/ready")[0] == 200  # needs no key, and costs nothing
+        assert server.with_key(slow[:-1]).ask("GET", "/v1/users/3")[0] == 401
+        page = server.with_key(free).get("/metrics")
+        assert 'tiglon_limited_total{key="slow"} 2.0' in page
+        assert 'status="429"' in page
+        now = 20.0
+        client.post("/v1/recommend", asked)
+        assert client.ask("GET", "/v1/users/3")[0] == 429
+        described = server.with_key(free).get("/openapi.json")["paths"]["/v1/recommend"]["post"]["responses"]
+        assert "429" in described
 
 
 # -- where it may listen ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every request passes: an id, the key, and, on the way out, a line in the log and in the metrics.
+"""What every request passes: an id, the key and what it may still ask, and, on the way out, a line in the log and in the metrics.
 
 The log names the route, never the path: a path holds users' ids.
 """
@@ -6,9 +6,11 @@ The log names the route, never the path: a path holds users' ids.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiglon.serving.logs import note
 from tiglon.serving.messages import ErrorResponse
 from tiglon.serving.metrics import Metrics
-from tiglon.serving.security import Key, Keys, host_of, is_loopback
+from tiglon.serving.security import Allowance, Key, Keys, host_of, is_loopback
 
 _OPEN = re.compile(r"/health/(live|ready)|/openapi\.json|/|/console(/.*)?")  # without a key
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -47,10 +49,20 @@ class Asking:
 
 
 class Gate:
-    """ASGI middleware. Without keys it answers only who addresses this machine as itself."""
+    """ASGI middleware. Without keys it answers only who addresses this machine as itself.
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, metrics: Metrics) -> None:
+    clock: seconds, by which the requests of a key are counted.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys | None,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.app, self.keys, self.metrics = app, keys, metrics
+        self._allowance = Allowance(clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,7 +115,7 @@ class Gate:
         asking.key = self.keys.find(token.strip()) if kind.lower() == "bearer" else None
         if asking.key is not None:
             asking.facts["key"] = asking.key.name
-            return None
+            return self._limited(asking, asking.key)
         return error_response(
             401,
             asking,
@@ -112,6 +124,21 @@ class Gate:
             rule="Each request carries the header Authorization: Bearer KEY",
             fix="Ask who runs the server for a key",
             headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _limited(self, asking: Asking, key: Key) -> Response | None:
+        seconds = self._allowance.wait(key)
+        if not seconds:
+            return None
+        self.metrics.limited.labels(key.name).inc()
+        return error_response(
+            429,
+            asking,
+            "too_many_requests",
+            f"more than {key.per_minute} requests a minute with the key '{key.name}'",
+            rule="A key with a limit may send so many at once, and each comes back in its part of a minute",
+            fix="Ask again after the seconds of Retry-After; send several requests as a batch",
+            headers={"Retry-After": str(math.ceil(seconds))},
         )
 
     def _tell(self, scope: Scope, asking: Asking) -> None:

@@ -42,6 +42,7 @@ class Metrics:
         self.items = Counter("tiglon_items", "Items in answers", ["source"], registry=own)
         self.degraded = Counter("tiglon_degraded", "Answers that lack something", ["why"], registry=own)
         self.refused = Counter("tiglon_refused", "Requests refused under load", registry=own)
+        self.limited = Counter("tiglon_limited", "Requests beyond a key's limit", ["key"], registry=own)
         self.inside = Gauge(
             "tiglon_requests_inside", "Running or waiting", multiprocess_mode="livesum", registry=own
         )

@@ -2,7 +2,7 @@
 
 400 malformed          401 unauthorized    403 forbidden    404 not_found, unknown_id    405    413 too_large
 409 full               421 misdirected     422 invalid      500 internal
-503 overloaded, storage, bundle            with Retry-After
+429 too_many_requests  503 overloaded, storage, bundle      both with Retry-After
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         415: "The body does not say that it is application/json",
         421: "A server without keys was addressed by another name than localhost",
         422: "A value breaks a rule",
+        429: "More requests a minute than the key may send; ask again after Retry-After",
         503: "Too many requests, or a store that is down; ask again after Retry-After",
     }.items()
 }  # fmt: skip

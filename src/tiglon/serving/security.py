@@ -1,8 +1,8 @@
 """Who may ask: API keys, what each may do, and where a server without keys may listen.
 
-    {"keys": [{"name": "shop", "sha256": "9f86d081…", "scopes": ["read", "write"]}]}
+    {"keys": [{"name": "shop", "sha256": "9f86d081…", "scopes": ["read", "write"], "per_minute": 600}]}
 
-A key is 256 random bits. Nobody guesses that, so one SHA-256 is enough to keep it: who reads the file cannot
+`per_minute`, requests that a key may send, is left out where nothing bounds them. A key is 256 random bits. Nobody guesses that, so one SHA-256 is enough to keep it: who reads the file cannot
 ask with what it says. A key is withdrawn by deleting its entry; a running server sees that within a second.
 """
 
@@ -14,6 +14,8 @@ import ipaddress
 import os
 import re
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +25,9 @@ from tiglon.errors import ConfigError
 
 Scope = Literal["read", "write"]  # write: events, items, forgetting a user
 
-_FORM = '{"keys": [{"name": …, "sha256": 64 hex digits, "scopes": ["read", "write"]}]}'
+_FORM = (
+    '{"keys": [{"name": …, "sha256": 64 hex digits, "scopes": ["read", "write"], "per_minute": 1 or more}]}'
+)
 _MAKE = "Make one: tiglon key FILE --name NAME"
 
 
@@ -35,6 +39,7 @@ class Key(BaseModel):
     name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]  # it is written to logs
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     scopes: frozenset[Scope]
+    per_minute: Annotated[int, Field(ge=1, strict=True)] | None = None  # requests; None: as many as it likes
 
 
 class KeyFile(BaseModel):
@@ -72,19 +77,53 @@ class Keys:
         return True
 
 
-def add_key(path: Path, name: str, scopes: frozenset[Scope]) -> str:
-    """A new key, which is told only now: the file, made where it is missing, keeps its hash."""
+class Allowance:
+    """What each key may still ask: a bucket that holds `per_minute` requests and fills in a minute.
+
+    So a key that was quiet may ask that often at once, and then as fast as the bucket fills.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}  # sha256 → requests left, and when that was
+
+    def wait(self, key: Key) -> float:
+        """0.0, and a request is taken; or the seconds until there is one."""
+        if key.per_minute is None:
+            return 0.0
+        now, rate = self._clock(), key.per_minute / 60
+        left, then = self._left.get(key.sha256, (key.per_minute, now))
+        left = min(key.per_minute, left + (now - then) * rate)
+        allowed = left > 1 - 1e-9  # who waited just as long as was said has it
+        self._left[key.sha256] = (left - allowed, now)
+        return 0.0 if allowed else (1 - left) / rate
+
+
+def add_key(path: Path, name: str, scopes: frozenset[Scope], per_minute: int | None = None) -> str:
+    """A new key, which is told only now: the file, made where it is missing, keeps its hash.
+
+    per_minute: requests; None: no limit. Raises ConfigError.
+    """
+    if per_minute is not None and per_minute < 1:
+        raise ConfigError(
+            f"per_minute={per_minute}",
+            rule="A key may send at least one request a minute",
+            fix="Leave it out for no limit",
+        )
     known = _read(path) if path.exists() else []
     if any(key.name == name for key in known):
         raise ConfigError(f"a key named {name}, which {path} has", fix="Choose another name")
     token = secrets.token_urlsafe(32)
     try:
-        new = Key(name=name, sha256=hashlib.sha256(token.encode()).hexdigest(), scopes=scopes)
+        new = Key(
+            name=name, sha256=hashlib.sha256(token.encode()).hexdigest(), scopes=scopes, per_minute=per_minute
+        )
     except ValidationError as error:
         raise ConfigError(
             f"a key named {name!r}", rule="A name is up to 64 letters, digits, '.', '_' and '-'"
         ) from error
-    text = KeyFile(keys=[*known, new]).model_dump_json(indent=1)
+    text = KeyFile(keys=[*known, new]).model_dump_json(indent=1, exclude_none=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.touch(mode=0o600)
