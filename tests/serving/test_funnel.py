@@ -15,7 +15,7 @@ from tiglon.serving.bundle import Bundle
 from tiglon.serving.funnel import Funnel, FunnelConfig, Fusion, Lists, features, gather, learn
 from tiglon.types import MISSING, Candidates, Histories, Targets, Vocabulary
 
-SMALL = FunnelConfig(candidates=3, generated=3)
+SMALL = FunnelConfig(candidates=3, dense=3, generated=3)
 
 
 class Listed(Retriever):
@@ -102,6 +102,16 @@ def test_who_is_not_asked_finds_nothing():
     assert not pool.rank[:, 1].any()
     assert spent == ["popularity"]
     assert np.isfinite(features(pool, Histories.of([[]]), np.zeros(10))).all()
+
+
+def test_each_gives_as_many_as_it_can(bundle):
+    """A product with every item costs the same for any number of them; of a beam's items each costs."""
+    sources, config = bundle.sources(True), FunnelConfig(candidates=5, dense=7, generated=3)
+    for k, expected in ((1, (5, 7, 3)), (9, (9, 9, 3))):
+        pool = gather(sources, bundle.histories.before(np.arange(2)), 40, config, k=k)
+        found = dict(zip(pool.names, ((pool.rank > 0).sum(axis=0) / 2).tolist(), strict=True))
+        assert tuple(found[name] for name in ("popularity", "two_tower", "tiger")) == expected
+        assert found["sasrec"] == found["two_tower"]
 
 
 # -- features ----------------------------------------------------------------------------------------------
@@ -264,7 +274,12 @@ def test_a_fusion_weighs_the_retrievers_that_it_learned_with():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"candidates": 0}, "candidates=0"), ({"generated": -1}, "generated=-1"), ({"users": 1}, "users=1")],
+    [
+        ({"candidates": 0}, "candidates=0"),
+        ({"dense": 0}, "dense=0"),
+        ({"generated": -1}, "generated=-1"),
+        ({"users": 1}, "users=1"),
+    ],
 )
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -278,10 +293,19 @@ def test_weights_come_back_from_the_file_as_they_were(tmp_path):
     random = np.random.default_rng(0)
     names = ("a", "b")
     weight = random.normal(size=len(funnels.feature_names(names))).astype(np.float32)
-    funnels.save({True: Fusion(names, weight)}, FunnelConfig(candidates=7), tmp_path / "funnel")
+    funnels.save({True: Fusion(names, weight)}, FunnelConfig(7, 8, 9), tmp_path / "funnel")
     fusions, config = funnels.load(tmp_path / "funnel")
-    assert (list(fusions), config.candidates) == ([True], 7)
+    assert (list(fusions), config) == ([True], FunnelConfig(7, 8, 9))
     assert np.array_equal(fusions[True].weight, weight)
+
+
+def test_an_older_funnel_asks_for_what_it_learned_with(tmp_path):
+    funnels.save({}, FunnelConfig(generated=50), tmp_path / "funnel")
+    file = tmp_path / "funnel" / "funnel.json"
+    about = json.loads(file.read_text())
+    del about["dense"]
+    file.write_text(json.dumps(about))
+    assert funnels.load(tmp_path / "funnel")[1].dense == 50
 
 
 def test_a_newer_funnel_is_not_read(tmp_path):

@@ -37,6 +37,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from tiglon.errors import ConfigError, DataError
+from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, moments_ago
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.topk import tie_order, top_items
@@ -53,6 +54,7 @@ _RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)  # of its log-odds; the best on
 @dataclass(frozen=True)
 class FunnelConfig:
     candidates: int = 100  # of each retriever that scores the whole catalogue
+    dense: int = 100  # of each that compares a vector with every item's: SASRec, two towers
     generated: int = 50  # of each other one, such as TIGER, whose cost grows with them
     users: int = 4_000  # that the fusion learns on, at most
     penalties: tuple[float, ...] = (
@@ -63,11 +65,17 @@ class FunnelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "generated"):
+        for name in ("candidates", "dense", "generated"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
         if self.users < 2:
             raise ConfigError(f"users={self.users}", rule="Half of the users learn, the others select")
+
+    def gives(self, retriever: Retriever, k: int = 1) -> int:
+        """Candidates that a retriever is asked for; k, where that is more and more of them cost it nothing."""
+        if isinstance(retriever, CatalogueScorer):
+            return max(self.candidates, k)
+        return max(self.dense, k) if isinstance(retriever, DenseRetriever) else self.generated
 
 
 # -- the pool ------------------------------------------------------------------------------------------------
@@ -121,7 +129,7 @@ def gather(
 ) -> Pool:
     """Ask every retriever and merge. A retriever may know fewer items than the N of the catalogue.
 
-    k: candidates of each retriever, where that is more than the config says.
+    k: candidates of each retriever that scores every item, where that is more than the config says.
     allowed: (N,) bool, items that may be returned.   extra: dense items that are scored whoever finds them.
     stand_in: (N,) the known item that a retriever which was fitted before an item came reads in its place.
     skip: names of retrievers that are not asked; they find nothing.   spent: told the seconds of each other.
@@ -158,17 +166,16 @@ def gather(
                     open_[hidden] = -np.inf
                 if allowed is not None:
                     open_[:, ~allowed[:known]] = -np.inf
-            best, asked = top_items(open_, max(config.candidates, k)), B
+            best, asked = top_items(open_, config.gives(retriever, k)), B
             item = best.item
         else:
             known = len(retriever.items)
             read = histories if known == n_items else _known(histories, known, stand_in)
+            most = config.gives(retriever, k)
             if remembered is None:
-                best, asked = retriever.retrieve(read, config.generated, exclude_seen=exclude_seen), B
+                best, asked = retriever.retrieve(read, most, exclude_seen=exclude_seen), B
             else:
-                best, asked = remembered.retrieve(
-                    retriever, read, config.generated, exclude_seen=exclude_seen
-                )
+                best, asked = remembered.retrieve(retriever, read, most, exclude_seen=exclude_seen)
             item = best.item if allowed is None else _only(best.item, allowed)
         items.append(item)
         scores.append(best.score)
@@ -619,6 +626,7 @@ def save(fusions: Mapping[bool, Fusion], config: FunnelConfig, directory: Path) 
     about = {
         "format": FORMAT,
         "candidates": config.candidates,
+        "dense": config.dense,
         "generated": config.generated,
         "fusions": {"masked" if hidden else "shown": fusion.to_json() for hidden, fusion in fusions.items()},
     }
@@ -632,4 +640,5 @@ def load(directory: Path) -> tuple[dict[bool, Fusion], FunnelConfig]:
     if about["format"] > FORMAT:
         raise ValueError(f"a funnel of format {about['format']}; this Tiglon reads up to {FORMAT}")
     fusions = {mode == "masked": Fusion.of_json(saved) for mode, saved in about["fusions"].items()}
-    return fusions, FunnelConfig(candidates=about["candidates"], generated=about["generated"])
+    dense = about.get("dense", about["generated"])  # what fusions learned with before it had a name
+    return fusions, FunnelConfig(about["candidates"], dense, about["generated"])
