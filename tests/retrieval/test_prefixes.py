@@ -77,6 +77,30 @@ def test_what_the_projection_learns_moves_every_item():
     assert (made.own.weight.grad.abs().sum(dim=1) > 0).sum() == len(SIZES)  # and only its own rows
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+def test_held_vectors_change_nothing_but_the_cost(pairs):
+    made = prefixes().train()
+    some = ALL[[3, 7, 3]]
+    x = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+
+    def outcome():
+        logits = [made.logits(x, some[:, :s]) for s in range(len(SIZES))]
+        logits += [made.first_logits(x)] if pairs else []
+        loss = sum(found.square().sum() for found in logits) + made(some).square().sum()
+        made.zero_grad()
+        loss.backward()
+        return [*logits, *(p.grad.clone() for p in made.parameters())]
+
+    made.forget()
+    goal = outcome()
+    with made.holding(some, pairs):
+        assert len(made.vectors()) < len(made.own.weight)
+        found = outcome()
+    assert len(made.vectors()) == len(made.own.weight)
+    for ours, theirs in zip(found, goal, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_logits_are_products_with_the_vectors_that_are_read():
     made = prefixes(slice(9))
     x = torch.randn(N, D)

@@ -14,6 +14,8 @@ Letters: N items, S code positions, V codes a position, C width of item vectors,
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -66,6 +68,7 @@ class Prefixes(nn.Module):
                 self.project.copy_(torch.from_numpy(principal_axes(content, width)))
         self._vectors: list[Tensor] = []  # of the parameters as they are; a list, as it is no state
         self._pairs: list[Tensor] = []  # the same
+        self._place: list[Tensor] = []  # (R,) of each row in `_vectors` while some are held
 
     # -- vectors -------------------------------------------------------------------------------
 
@@ -79,26 +82,60 @@ class Prefixes(nn.Module):
 
     def forget(self) -> None:
         """The parameters changed."""
-        self._vectors, self._pairs = [], []
+        self._vectors, self._pairs, self._place = [], [], []
+
+    @contextmanager
+    def holding(self, codes: Tensor, pairs: bool) -> Iterator[None]:
+        """Inside, only the vectors exist that items of these codes (…, S) read, or are told apart by, and those
+        of all `pairs`: only the cost changes. The gradient of a look-up is as large as its table, and a step
+        makes many."""
+        self.forget()
+        path = self.nodes(codes)
+        held = [torch.arange(1 + self.sizes[0])]
+        for s in range(1, len(self.sizes)):
+            parents = held[0] if s == 1 and pairs else path[..., s - 1].unique()
+            child, _ = self._children(parents[parents > 0], s)
+            held.append(self.rows[s - 1][child])
+        row = torch.cat(held)
+        self._vectors = [self._made(row)]
+        self._place = [torch.zeros(len(self.own.weight), dtype=torch.int64)]
+        self._place[0][row] = torch.arange(len(row))
+        try:
+            yield
+        finally:
+            self.forget()
+
+    def _children(self, row: Tensor, s: int) -> tuple[Tensor, Tensor]:
+        """Of prefixes of s codes (T,): where their children stand in `keys` and `rows` of s − 1, and whose each is."""
+        low, high = (torch.searchsorted(self.keys[s - 1], (row + more) * self.sizes[s]) for more in (0, 1))
+        count = torch.where(row > 0, high - low, 0)
+        owner = torch.repeat_interleave(torch.arange(len(count)), count)
+        return torch.arange(len(owner)) + (low - (count.cumsum(0) - count))[owner], owner
+
+    def _of(self, row: Tensor) -> Tensor:
+        """Rows (…) → (…, D)."""
+        return F.embedding(self._place[0][row] if self._place else row, self.vectors())
 
     def vectors(self) -> Tensor:
         """(R, D) own vectors with content; those of the last position's code are not in them."""
         if not self._vectors:
-            own = self.own.weight
-            if self.training and self.content is not None:
-                own = own + self.content @ self.project
-            elif self.projected is not None:
-                own = own + self.projected
-            self._vectors = [own.float()]
+            self._vectors = [self._made(slice(None))]
         return self._vectors[0]
+
+    def _made(self, row: Tensor | slice) -> Tensor:
+        """(R, D) vectors of rows, afresh."""
+        own = self.own.weight[row] if isinstance(row, slice) else self.own(row)
+        if self.training and self.content is not None:
+            own = own + self.content[row] @ self.project
+        elif self.projected is not None:
+            own = own + self.projected[row]
+        return own.float()
 
     def pairs(self) -> Tensor:
         """(P, D) vectors of the first two codes together, of each pair that exists."""
         if not self._pairs:
-            vectors, keys = self.vectors(), self.keys[0]
-            first, second = keys // self.sizes[1], keys % self.sizes[1]
-            pairs = F.embedding(first, vectors) + F.embedding(self.rows[0], vectors) + self.code(second)
-            self._pairs = [pairs]
+            first, second = self.keys[0] // self.sizes[1], self.keys[0] % self.sizes[1]
+            self._pairs = [self._of(first) + self._of(self.rows[0]) + self.code(second)]
         return self._pairs[0]
 
     def nodes(self, codes: Tensor) -> Tensor:
@@ -118,7 +155,7 @@ class Prefixes(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """(…, s) codes of the first s positions → (…, s, D) vectors of the prefixes that end there."""
-        own = F.embedding(self.nodes(codes), self.vectors())
+        own = self._of(self.nodes(codes))
         if codes.shape[-1] == 1:
             return own
         offsets = torch.tensor(self.offsets[1 : codes.shape[-1]])
@@ -135,12 +172,8 @@ class Prefixes(nn.Module):
         own = self.code.weight[self.offsets[s] : self.offsets[s] + self.sizes[s]]
         logits = x_TD @ own.T
         keys = self.keys[s - 1]
-        row = self.nodes(before)[:, -1]
-        low, high = (torch.searchsorted(keys, (row + more) * self.sizes[s]) for more in (0, 1))
-        count = torch.where(row > 0, high - low, 0)
-        owner = torch.repeat_interleave(torch.arange(len(count)), count)
-        child = torch.arange(len(owner)) + (low - (count.cumsum(0) - count))[owner]
-        product = (x_TD[owner] * F.embedding(self.rows[s - 1][child], vectors)).sum(dim=-1)
+        child, owner = self._children(self.nodes(before)[:, -1], s)
+        product = (x_TD[owner] * self._of(self.rows[s - 1][child])).sum(dim=-1)
         at = (owner, keys[child] % self.sizes[s])
         return logits.index_put(at, product.to(logits.dtype), accumulate=True).float()
 
