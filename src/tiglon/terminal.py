@@ -66,6 +66,11 @@ class Terminal(Reporter):
 def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
     """The evaluation (see `evaluation.protocol.to_json`) as rows a retriever."""
     caption = f"{metrics['users']:,} users, the whole catalogue ranked"
+    if lead := metrics.get("lead"):  # bundles made before have none
+        caption += f"\n{lead['name']} − {lead['over']}, 95% interval: " + "; ".join(
+            f"{name} {lead[name][0]:+.4f} ({lead[name][1]:+.4f} … {lead[name][2]:+.4f})"
+            for name in ("recall@10", "ndcg@10")
+        )
     rows = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1))
     rows.add_column("retriever", no_wrap=True)
     for name in _METRICS:

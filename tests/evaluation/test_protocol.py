@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tiglon.errors import ConfigError, DataError
-from tiglon.evaluation.protocol import difference, evaluate, table, to_json
+from tiglon.evaluation.protocol import difference, evaluate, lead, table, to_json
 from tiglon.retrieval.topk import top_items
 from tiglon.types import MISSING, Candidates, Histories, Targets, Vocabulary
 
@@ -204,7 +204,8 @@ def test_json_has_the_stated_form():
     asked = random_targets(30)
     counts = np.arange(N) * 0 + 1
     found = to_json([evaluate(Fixed(SCORES), asked, popularity=counts)], split="test")
-    assert list(found) == ["split", "users", "rows"]
+    assert list(found) == ["split", "users", "rows", "lead"]
+    assert found["lead"] is None  # of whom?
     assert (found["split"], found["users"]) == ("test", 30)
     (row,) = found["rows"]
     assert row["name"] == "fixed"
@@ -212,6 +213,23 @@ def test_json_has_the_stated_form():
     assert 0 <= row["ndcg@10"] <= row["recall@10"] <= 1
     assert row["recall@10[new]"] is None  # no item is new, and JSON knows no NaN
     json.dumps(found, allow_nan=False)
+
+
+def test_the_best_is_set_against_the_next_best_user_by_user():
+    asked = targets([[i] for i in range(N)], [[(i + 1) % N] for i in range(N)])
+    right = np.roll(np.eye(N), 1, axis=1)  # the wanted item first
+
+    def knows(users, name, **options):
+        return evaluate(Fixed(np.where(np.arange(N)[:, None] < users, right, -right), name), asked, **options)
+
+    best, better, worst = knows(9, "best"), knows(6, "better"), knows(0, "worst")
+    found = lead([worst, best, better])
+    assert (found["name"], found["over"]) == ("best", "better")
+    assert found["ndcg@10"] == list(difference(best, better, "ndcg@10"))
+    assert found["recall@10"][0] == pytest.approx(3 / N)
+    assert found["recall@10"][1] <= found["recall@10"][0] <= found["recall@10"][2]
+    assert lead([best, knows(6, "shown", exclude_seen=False)]) is None  # another question
+    assert lead([evaluate(Fixed(SCORES), asked, ks=[3])] * 2) is None
 
 
 def test_rows_of_one_table_are_about_the_same_users():

@@ -147,6 +147,22 @@ def difference(a: Evaluation, b: Evaluation, metric: str, seed: int = 0) -> tupl
     return a.metrics[metric] - b.metrics[metric], float(low), float(high)
 
 
+def lead(evaluations: Sequence[Evaluation], by: str = "ndcg@10") -> dict[str, Any] | None:
+    """By how much the best retriever leads the next one that was measured the same way; None for one alone, or
+    where nobody measured that.
+
+    {"name": …, "over": …, "recall@10": [difference, low, high], "ndcg@10": …}: intervals as of `difference`.
+    """
+    best, *others = sorted(evaluations, key=lambda e: -e.metrics.get(by, 0.0))
+    others = [e for e in others if e.exclude_seen == best.exclude_seen and by in e.metrics]
+    if not others:
+        return None
+    metrics = dict.fromkeys(("recall@10", by))
+    return {"name": best.name, "over": others[0].name} | {
+        metric: list(difference(best, others[0], metric)) for metric in metrics
+    }
+
+
 # -- to be read --------------------------------------------------------------------------------------------
 
 
@@ -180,14 +196,14 @@ def table(
 
 
 def to_json(evaluations: Sequence[Evaluation], split: str) -> dict[str, Any]:
-    """{"split": …, "users": …, "rows": [{"name": …, "exclude_seen": …, "recall@10": …, …}]}; null for NaN."""
+    """{"split": …, "users": …, "rows": [{"name": …, "exclude_seen": …, "recall@10": …, …}], "lead": …}; null for NaN."""
     _require_same_users(evaluations)
     rows = [
         {"name": e.name, "exclude_seen": e.exclude_seen}
         | {name: None if math.isnan(value) else value for name, value in e.metrics.items()}
         for e in evaluations
     ]
-    return {"split": split, "users": len(evaluations[0].users), "rows": rows}
+    return {"split": split, "users": len(evaluations[0].users), "rows": rows, "lead": lead(evaluations)}
 
 
 # -- inside ------------------------------------------------------------------------------------------------
