@@ -41,6 +41,17 @@ def eager(log: Interactions, items: Items) -> Eager:
     return Eager(eager_ids(vectors, items.vocabulary, config), items.vocabulary, config, vectors).fit(log)
 
 
+def grown_eager(log: Interactions, items: Items) -> Eager:
+    """The last items arrived after training."""
+    old = max(len(items) - 3, 1)
+    fitted = Items(Vocabulary(items.vocabulary.raw.slice(0, old)), items.table[:old])
+    past = log.take(log.item < old)
+    made = eager(replace(past, items=fitted.vocabulary), fitted)
+    made.add_items(items.vocabulary, np.random.default_rng(1).normal(size=(len(items) - old, 6)))
+    made.log = HistoryStore.build(log)
+    return made
+
+
 RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
     "popularity": lambda log, items: Popularity().fit(log, items),
     "text neighbours": lambda log, items: TextNeighbours().fit(log, items),
@@ -63,6 +74,7 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
         items.vocabulary, ComiRecConfig(extractor="sa", width=16, interests=3, train=TINY.train)
     ).fit(log),
     "eager": eager,
+    "eager, grown": grown_eager,
     "tiger": lambda log, items: Tiger(random_ids(items), items.vocabulary, TINY).fit(log),
 }
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from tiglon.errors import ConfigError, DataError
-from tiglon.semantic_ids.balanced_kmeans import assign, balanced_codes, balanced_kmeans
+from tiglon.errors import CapacityError, ConfigError, DataError
+from tiglon.semantic_ids.balanced_kmeans import ClusterTree, assign, balanced_codes, balanced_kmeans
 from tiglon.types import Vocabulary
 
 
@@ -95,6 +95,48 @@ def test_items_that_are_alike_share_their_first_code():
     distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     together = codes[:, :1] == codes[:, 0]
     assert distance[together].mean() < 0.25 * distance[~together].mean()
+
+
+@pytest.mark.parametrize("n, branches", [(1, 4), (5, 8), (60, 8), (300, 7)])
+def test_new_items_go_down_to_the_nearest_means(n, branches):
+    vectors = blobs(n)
+    codes = balanced_codes(vectors, names(n), branches)
+    seats = int(codes[:, -1].max()) + 1
+    new = blobs(30, seed=1)
+    given = ClusterTree(codes, vectors).place(new, codes, seats + 30)  # no cluster can fill up
+    for row, vector in zip(given, new, strict=True):
+        below = np.ones(n, bool)
+        for level in range(codes.shape[1] - 1):
+            choices = np.unique(codes[below, level])
+            means = [vectors[below & (codes[:, level] == c)].mean(axis=0) for c in choices]
+            assert row[level] == choices[np.linalg.norm(np.array(means) - vector, axis=1).argmin()]
+            below &= codes[:, level] == row[level]
+    for prefix in np.unique(given[:, :-1], axis=0):
+        here = given[(given[:, :-1] == prefix).all(axis=1), -1]
+        np.testing.assert_array_equal(here, seats + np.arange(len(here)))  # after all that training has
+
+
+def test_a_full_cluster_passes_new_items_on_and_all_have_codes_of_their_own():
+    vectors = blobs(60)
+    codes = balanced_codes(vectors, names(60), 6)
+    tree, seats = ClusterTree(codes, vectors), int(codes[:, -1].max()) + 1
+    clusters = len(np.unique(codes[:, :-1], axis=0))
+    alike = np.repeat(vectors[:1], 2 * clusters, axis=0)
+    given = tree.place(alike, codes, seats + 2)
+    assert len(np.unique(np.concatenate([codes, given]), axis=0)) == 60 + len(given)
+    distance = np.linalg.norm(vectors - vectors[0], axis=1)
+    near, far = (
+        np.mean([distance[(codes[:, :-1] == row[:-1]).all(axis=1)].mean() for row in rows])
+        for rows in (given[:6], given[-6:])
+    )
+    assert near < far
+    for one in range(0, len(alike), 5):  # one after the other is all at once
+        taken = np.concatenate([codes, given[:one]])
+        np.testing.assert_array_equal(
+            tree.place(alike[one : one + 5], taken, seats + 2), given[one : one + 5]
+        )
+    with pytest.raises(CapacityError, match=r"1 new items, and room for 0 .*Make the codes anew"):
+        tree.place(alike[:1], np.concatenate([codes, given]), seats + 2)
 
 
 def test_bad_input_is_named():

@@ -14,13 +14,18 @@ Answers come from a beam a stream, merged by confidence; the tasks have no part 
 
 Covered: both streams, both tasks, both distances of GCT, both ways to rank. The network is `eager_network.py`.
 
+Items that arrive later, which the paper does not speak of, go down both frozen trees: by their text in the
+semantic one, in that of behaviour by the mean vector of the items whose text is most like theirs, for nobody
+used them yet. No code moves; what the network knows of them is content, and nothing is learned.
+
 Deviations:
 - histories in true chronology, and moments (baskets) never seen by a target of their own; the released code
   zeroes the time stamps of the Amazon tables, so its histories stand in the order of the file;
 - all of a user's targets in one pass, relative biases over moments, codes with vectors of their prefixes that
   carry content, a softmax over the codes that exist: the decoder is that of `tiger_causal.py`;
 - the encoder reads an item as the sum of its vectors in both streams, each through a matrix of its own;
-- E^b are the item vectors of a SASRec on ids alone, where the paper takes a DIN's; it sees training events alone;
+- E^b are the item vectors of a SASRec on ids alone, where the paper takes those of a DIN-like model on the same
+  sequences: it learns from every event of the training log rather than from drawn negatives, and sees no other;
 - frozen vectors are centred and scaled to entries of about unit size, or smooth L1 would be next to nothing;
 - L_recon is a softmax over all codes of a level, not over drawn ones;
 - fewer and wider layers (`EagerConfig`), sized for a CPU.
@@ -53,13 +58,14 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
+from tiglon.retrieval.index import ExactIndex
 from tiglon.retrieval.prefixes import centred
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.topk import require_dense, tie_order, top_items
 from tiglon.retrieval.windows import Batch, WindowBatches, moments, overlapping_windows, padded_histories
-from tiglon.semantic_ids.balanced_kmeans import balanced_codes
+from tiglon.semantic_ids.balanced_kmeans import ClusterTree, balanced_codes
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
@@ -68,6 +74,7 @@ from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, 
 FORMAT = 1
 DRAWN = 256  # items beside the target in InfoNCE
 USERS = 64  # answered at once
+ALIKE = 5  # items whose mean behaviour a new item is given
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ def eager_ids(
 ) -> dict[str, SemanticIds]:
     """The codes of each stream from its item vectors (N, C); the last code is the leaf, no two items share one.
 
+    There are twice as many last codes as items have: as much room is left for those that arrive later.
     Raises DataError unless every stream has a finite vector for each item.
     """
     config = config or EagerConfig()
@@ -139,8 +147,8 @@ def eager_ids(
                 fix=f'Add vectors["{name}"], or leave the stream out of EagerConfig.streams',
             )
         codes = balanced_codes(vectors[name], items, config.branches, seed=config.train.seed)
-        sizes = tuple(int(size) for size in codes.max(axis=0, initial=0) + 1)
-        made[name] = SemanticIds(codes, sizes, np.ones(len(items), bool))
+        *sizes, last = (int(size) for size in codes.max(axis=0, initial=0) + 1)
+        made[name] = SemanticIds(codes, (*sizes, 2 * last), np.ones(len(items), bool))
     return made
 
 
@@ -193,20 +201,26 @@ class Eager(Retriever):
         config: EagerConfig | None = None,
         vectors: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """vectors: by stream (N, C), those that the codes were made of; they are needed to `fit`."""
+        """vectors: by stream (N, C), those that the codes were made of; they are needed to `fit`, and for items
+        that arrive later.
+        """
         self.config = config or EagerConfig()
         self.items = items
         if tuple(ids) != self.config.streams:
             raise DataError(f"codes of {tuple(ids)}", rule=f"The streams are {self.config.streams}")
-        self.frozen: dict[str, np.ndarray] | None = None
+        self.fitted_items = len(items)
+        self.frozen: dict[str, np.ndarray] | None = None  # what GCT pulls towards, while learning
         for name in ids:
             for what, rows in (("semantic IDs", ids[name]), ("vectors", vectors and vectors.get(name))):
                 if rows is not None and len(rows) != len(items):
                     raise DataError(f"{len(rows)} {what} of {name} for {len(items)} items")
+        self.vectors = {  # (n, C) of the fitted items
+            name: np.ascontiguousarray(vectors[name], np.float32) for name in ids if vectors is not None
+        }
         if vectors is not None:
             self.frozen = {name: centred(vectors[name], vectors[name].mean(axis=0)) for name in ids}
         self.systems = {name: CodeSystem(system) for name, system in ids.items()}
-        self._assemble({} if vectors is None else {name: vectors[name].shape[1] for name in ids}, vectors)
+        self._assemble({name: rows.shape[1] for name, rows in self.vectors.items()}, vectors)
 
     def _assemble(self, widths: Mapping[str, int], vectors: Mapping[str, np.ndarray] | None = None) -> None:
         """A new network, with tasks where there are vectors to learn from. widths: C by stream."""
@@ -216,7 +230,7 @@ class Eager(Retriever):
             name: Stream(
                 system.ids.sizes,
                 c.model,
-                system.ids.codes,
+                system.ids.codes[: self.fitted_items],
                 None if vectors is None else vectors[name],
                 widths.get(name, 0),
             )
@@ -226,7 +240,6 @@ class Eager(Retriever):
         tasks = None
         if vectors is not None and (c.contrast > 0 or transfer):
             tasks = Tasks(streams, widths, c.contrast_loss if c.contrast > 0 else None, transfer)
-        self.widths = dict(widths)
         self.network = EagerNetwork(c.model, streams, tasks).eval()
 
     # -- learning ------------------------------------------------------------------------------
@@ -336,13 +349,14 @@ class Eager(Retriever):
     @torch.inference_mode()
     def _best(self, histories: Histories, k: int, exclude_seen: bool) -> Candidates:
         item, moment, now = padded_histories(histories.last(self.config.window))
-        codes = {name: system.codes[item] for name, system in self.systems.items()}
-        memories = self.network.encode(codes, moment)
+        streams = self.network.streams
+        embedded = {name: streams[name].embed(system.codes[item]) for name, system in self.systems.items()}
+        memories = self.network.encode(embedded, moment)
         width = min(max(k, self.config.beams), len(self.items))
         seen = histories if exclude_seen else None
 
         def step(name: str) -> Step:
-            return self.network.streams[name].decoder_for(memories[name], now)
+            return streams[name].decoder_for(memories[name], now)
 
         beams = {
             name: beam_search(
@@ -376,10 +390,53 @@ class Eager(Retriever):
         require_k(k)
         with torch.inference_mode():
             streams = self.network.streams.items()
-            parts = [F.normalize(stream.items(self.systems[name].codes), dim=1) for name, stream in streams]
+            said = [stream.items(stream.embed(self.systems[name].codes)) for name, stream in streams]
+            parts = [F.normalize(vectors, dim=1) for vectors in said]
             vectors = torch.cat(parts, dim=1) * len(parts) ** -0.5
             scores = (vectors[torch.from_numpy(items)] @ vectors.T).numpy()
         return top_items(scores, k, Histories.of([[i] for i in items]), source=self.name)
+
+    # -- items that arrive later -----------------------------------------------------------------
+
+    def add_items(self, items: Vocabulary, vectors: np.ndarray) -> None:
+        """Make new items recommendable at once, by their semantic vectors (M, C). Nothing is learned.
+
+        items: the whole new vocabulary, old ids first.
+        Raises DataError where old ids moved or vectors do not fit, ConfigError where text is not known,
+        CapacityError where the clusters are full.
+        """
+        old = len(self.items)
+        if not items.raw.slice(0, old).equals(self.items.raw):
+            raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
+        if SEMANTIC not in self.vectors:
+            raise ConfigError(
+                "new items for an EAGER that knows nothing of their text",
+                rule="An item without events is known by its text",
+                fix=f'Give the items a column of text, make vectors["{SEMANTIC}"] of it, and fit anew',
+            )
+        if len(vectors) != len(items) - old:
+            raise DataError(f"{len(vectors)} vectors for {len(items) - old} new items")
+        known = self.vectors[SEMANTIC]
+        if vectors.shape[1:] != known.shape[1:] or not np.isfinite(vectors).all():
+            raise DataError(
+                f"vectors of shape {vectors.shape} for new items",
+                rule=f"They are finite and of width {known.shape[1]}, from the encoder of the old ones",
+            )
+        content = {SEMANTIC: vectors}
+        if BEHAVIOUR in self.vectors:
+            mean = known.mean(axis=0)
+            alike = ExactIndex(centred(known, mean)).search(centred(vectors, mean), min(ALIKE, len(known)))
+            content[BEHAVIOUR] = self.vectors[BEHAVIOUR][alike.item].mean(axis=1)
+        grown = {}
+        for name, system in self.systems.items():
+            ids, fitted = system.ids, self.fitted_items
+            tree = ClusterTree(ids.codes[:fitted], self.vectors[name])
+            codes = np.concatenate([ids.codes, tree.place(content[name], ids.codes, ids.sizes[-1])])
+            grown[name] = CodeSystem(SemanticIds(codes, ids.sizes, np.ones(len(codes), bool), ids.version))
+        if self.config.model.prefixes:
+            new = {name: system.ids.codes[old:] for name, system in grown.items()}
+            self.network = self.network.extended(new, content)
+        self.systems, self.items, self.frozen = grown, items, None
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -390,12 +447,14 @@ class Eager(Retriever):
                 "format": FORMAT,
                 "kind": "Eager",
                 "config": asdict(self.config),
-                "widths": self.widths,
+                "fitted_items": self.fitted_items,  # those after them arrived later
             }
             (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
             pq.write_table(pa.table({"item_id": self.items.raw}), aside / "items.parquet")
             for name, system in self.systems.items():
                 system.ids.save(aside / name)
+            vectors = {name: torch.from_numpy(rows) for name, rows in self.vectors.items()}
+            save_file(vectors, aside / "vectors.safetensors")
             tensors = self.network.state_dict().items()
             kept = {name: value for name, value in tensors if not name.startswith("tasks.")}
             save_file(kept, aside / "network.safetensors")
@@ -409,7 +468,8 @@ class Eager(Retriever):
             "retriever.json",
             FORMAT,
             what="a retriever",
-            rule="An Eager has retriever.json, items.parquet, network.safetensors and a folder a stream",
+            rule="An Eager has retriever.json, items.parquet, network.safetensors, vectors.safetensors and a folder "
+            "a stream",
             fix="Copy the folder again, or fit anew",
         ) as about:
             settings = about["config"]
@@ -424,7 +484,13 @@ class Eager(Retriever):
             items = Vocabulary(pq.read_table(directory / "items.parquet")["item_id"])
             ids = {name: SemanticIds.load(directory / name) for name in config.streams}
             self = cls(ids, items, config)
-            self._assemble(about["widths"])
+            self.fitted_items = about["fitted_items"]
+            vectors = load_file(directory / "vectors.safetensors")
+            self.vectors = {name: rows.numpy() for name, rows in vectors.items()}
+            self._assemble({name: rows.shape[1] for name, rows in self.vectors.items()})
+            if len(items) > self.fitted_items and config.model.prefixes:
+                new = {name: system.codes[self.fitted_items :] for name, system in ids.items()}
+                self.network = self.network.extended(new, {})
             self.network.load_state_dict(load_file(directory / "network.safetensors"))
         return self
 

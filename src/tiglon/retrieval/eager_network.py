@@ -5,7 +5,7 @@ https://arxiv.org/abs/2406.14017: the two-stream generation architecture (L_gen)
 with a summary token (GCT, L_con), the semantic-guided transfer task (SGT, L_recon and L_recog). Training,
 answers and all deviations are in `eager.py`.
 
-A stream is the decoder of `CausalTiger` over its own codes: all of a user's targets in one pass, each from
+A stream is TIGER's decoder (`CodeDecoder`) over its own codes: all of a user's targets in one pass, each from
 what was strictly before it. The tasks stand apart (`Tasks`): without them every answer is the same.
 
 Letters: B users, L history, D width, S code positions, P positions of a decoder, V codes a level, T targets,
@@ -14,8 +14,8 @@ H heads, K keys, C width of a stream's item vectors, M drawn items.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -24,19 +24,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.moments import START, MomentBias, latest
-from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues, Linear
-from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger, Memory
+from tiglon.nn.transformer import (
+    HIDDEN,
+    Attention,
+    DecoderLayer,
+    Dropout,
+    EncoderLayer,
+    FeedForward,
+    KeysValues,
+    Linear,
+)
+from tiglon.retrieval.tiger_causal import CausalConfig, CodeDecoder, Memory
 
 BEHAVIOUR, SEMANTIC = "behaviour", "semantic"
 TEMPERATURE = 0.3  # τ of InfoNCE, the released code's
 MASKED = 0.5  # share of the codes that are hidden, and that are replaced
 
 
-class Stream(CausalTiger):
-    """The half of `CausalTiger` that writes codes; what it reads comes from the encoder that streams share.
+class Stream(CodeDecoder):
+    """A decoder over codes of its own; what it reads comes from the encoder that streams share.
 
     An item enters the encoder by `enter` and the latest state leaves it by `leave`, at first each other's
     inverse and another rotation in each stream, so that both have room in one state.
+
+    taught: how many codes of each position training has; those after them are free for items that arrive later.
     """
 
     def __init__(
@@ -47,67 +58,60 @@ class Stream(CausalTiger):
         vectors: np.ndarray | None = None,
         content_width: int = 0,
     ) -> None:
-        super().__init__(sizes, replace(config, encoder_layers=0), codes, vectors, content_width)
-        del self.start, self.norm_encoder, self.bias_encoder  # the encoder's
-        self.enter = Linear(config.width, config.width, 0.0)
-        self.leave = Linear(config.width, config.width, 0.0)
+        super().__init__(sizes, config, codes, vectors, content_width)
+        c, P = config, len(sizes) - self.paired
+        self.taught = sizes if codes is None else tuple(int(n) for n in codes.max(axis=0, initial=0) + 1)
+        with torch.no_grad():  # a free code says nothing of itself
+            for s in range(1, len(sizes)):
+                at = self.prefixes.offsets[s]
+                self.prefixes.code.weight[at + self.taught[s] : at + sizes[s]] = 0
+        self.begin = nn.Parameter(torch.randn(c.width))
+        layers = [
+            DecoderLayer(c.width, c.heads, c.head_width, c.hidden, c.dropout) for _ in range(c.decoder_layers)
+        ]
+        self.decoder: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norm_decoder = nn.RMSNorm(c.width, eps=1e-6)
+        self.bias_cross = MomentBias(c.heads, c.distances, P)
+        self.bias_self = nn.Parameter(torch.zeros(c.heads, P, P))
+        self.dropout = Dropout(c.dropout)
+        self.enter = Linear(c.width, c.width, 0.0)
+        self.leave = Linear(c.width, c.width, 0.0)
         with torch.no_grad():
             nn.init.orthogonal_(self.enter.weight)
             self.leave.weight.copy_(self.enter.weight.T)
 
-    def items(self, codes: Tensor) -> Tensor:
-        """(…, S) codes → (…, D) what the items that they stand for say to the encoder."""
-        return self.enter(self.embed(codes).sum(dim=-2) * len(self.sizes) ** -0.5)
+    def items(self, embedded: Tensor) -> Tensor:
+        """(…, S, D) embedded codes → (…, D) what the items that they stand for say to the encoder."""
+        return self.enter(embedded.sum(dim=-2) * len(self.sizes) ** -0.5)
 
     def memory(self, states_BKD: Tensor, moment_BK: Tensor) -> Memory:
         layers = [layer.cross_attention.keys_values(states_BKD) for layer in self.decoder]
         return Memory(self.leave(states_BKD), layers, moment_BK)
 
-    def states(self, memory: Memory, codes_BLS: Tensor, moment_BL: Tensor) -> tuple[Tensor, list[KeysValues]]:
-        """(B, L, P, D) states at the P positions of L targets a user, and their keys and values by layer."""
-        known = self.written(codes_BLS[..., :-1])
-        begin = self.begin.expand(*codes_BLS.shape[:2], 1, -1)
-        P = known.shape[2] + 1
-        bias_self = self.bias_self.masked_fill(torch.ones(P, P, dtype=torch.bool).triu(1), HIDDEN)
-        bias_cross = self.bias_cross(moment_BL, memory.moment_BK, own=False)
-        x = torch.cat([begin, known], dim=2)
-        return self.positions(x, memory, moment_BL, bias_self, bias_cross, [None] * len(self.decoder))
-
-    def positions(
-        self,
-        x_BLPD: Tensor,
-        memory: Memory,
-        moment_BL: Tensor,
-        bias_self: Tensor,
-        bias_cross: Tensor,
-        past: Sequence[KeysValues | None],
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """The decoder over inputs (B, L, P, D) that follow those of `past`: states, and all keys and values."""
-        B, L, P, _ = x_BLPD.shape
-        x = self.dropout(x_BLPD + latest(memory.states_BKD, memory.moment_BK, moment_BL)[:, :, None])
-        seen = []
-        for layer, kv, before in zip(self.decoder, memory.layers, past, strict=True):
-            x, now = layer.over_codes(x.reshape(B * L, P, -1), bias_self, before)
-            x = layer.over_history(x.reshape(B, L * P, -1), kv, bias_cross)
-            seen.append(now)
-        return self.dropout(self.norm_decoder(x)).reshape(B, L, P, -1), seen
-
-    def log_loss(self, states_TPD: Tensor, codes_TS: Tensor, allowed: Sequence[Tensor]) -> Tensor:
-        """(T,) L_gen, −log p(item): over the codes (T, V) that exist below the prefix at each position."""
-        loss = states_TPD.new_zeros(len(codes_TS), dtype=torch.float32)
-        for s, mask in enumerate(allowed):
-            logits_TV = self.logits(states_TPD[:, self.position(s)], codes_TS[:, :s])
-            loss = loss + F.cross_entropy(
-                logits_TV.masked_fill(~mask, HIDDEN), codes_TS[:, s], reduction="none"
-            )
-        return loss
+    def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
+        """As `CodeDecoder.logits`; each distinct prefix looks its codes up once, as all have nearly as many."""
+        prefixes, s = self.prefixes, before.shape[1]
+        if s == 0 or not len(prefixes.keys[s - 1]):
+            return super().logits(x_TD, before)
+        keys, V = prefixes.keys[s - 1], self.sizes[s]
+        row_U, of_T, count_U = prefixes.nodes(before)[:, -1].unique(return_inverse=True, return_counts=True)
+        key_UV = row_U[:, None] * V + torch.arange(V)
+        at = torch.searchsorted(keys, key_UV).clamp(max=len(keys) - 1)
+        row_UV = torch.where(keys[at] == key_UV, prefixes.rows[s - 1][at], 0)
+        own = prefixes.code.weight[prefixes.offsets[s] : prefixes.offsets[s] + V]
+        vectors_UVD = F.embedding(row_UV, prefixes.vectors()) + own
+        order = of_T.argsort(stable=True)
+        place_T = torch.empty_like(order)
+        place_T[order] = torch.arange(len(order)) - (count_U.cumsum(0) - count_U)[of_T[order]]
+        x_UtD = x_TD.new_zeros(len(row_U), int(count_U.max()), x_TD.shape[1]).index_put((of_T, place_T), x_TD)
+        return (x_UtD @ vectors_UVD.transpose(1, 2))[of_T, place_T].float()
 
     def code_vectors(self, s: int) -> Tensor:
-        """(V, D) of the codes at position s by themselves, whatever stands before them."""
+        """(V, D) of the codes at position s by themselves, whatever stands before them; taught ones alone."""
         if s == 0:
-            return self.prefixes.vectors()[1 : 1 + self.sizes[0]]
+            return self.prefixes.vectors()[1 : 1 + self.taught[0]]
         at = self.prefixes.offsets[s]
-        return self.prefixes.code.weight[at : at + self.sizes[s]]
+        return self.prefixes.code.weight[at : at + self.taught[s]]
 
 
 class EagerNetwork(nn.Module):
@@ -128,9 +132,9 @@ class EagerNetwork(nn.Module):
         self.dropout = Dropout(c.dropout)
         self.tasks = tasks
 
-    def encode(self, codes: Mapping[str, Tensor], moment_BL: Tensor) -> dict[str, Memory]:
-        """What each stream's decoder reads, from the codes (B, L, S) of each; padding at moment PADDING."""
-        parts = [stream.items(codes[name]) for name, stream in self.streams.items()]
+    def encode(self, embedded: Mapping[str, Tensor], moment_BL: Tensor) -> dict[str, Memory]:
+        """What each stream's decoder reads, from the embedded codes (B, L, S, D) of each; padding at PADDING."""
+        parts = [stream.items(embedded[name]) for name, stream in self.streams.items()]
         x = torch.stack(parts).sum(dim=0) * len(parts) ** -0.5
         x = self.dropout(torch.cat([self.start.expand(len(x), 1, -1), x], dim=1))
         moment = F.pad(moment_BL, (1, 0), value=START)
@@ -139,6 +143,15 @@ class EagerNetwork(nn.Module):
             x, _ = layer(x, bias)
         x = self.dropout(self.norm(x))
         return {name: stream.memory(x, moment) for name, stream in self.streams.items()}
+
+    def extended(self, codes: Mapping[str, np.ndarray], vectors: Mapping[str, np.ndarray]) -> EagerNetwork:
+        """This network, without tasks, where new items (M, S) have prefixes in each stream, and content (M, C)."""
+        streams = {
+            name: stream.extended(codes[name], vectors.get(name)) for name, stream in self.streams.items()
+        }
+        new = copy.copy(self)
+        new._modules = self._modules | {"streams": nn.ModuleDict(streams), "tasks": None}
+        return new
 
     def losses(
         self,
@@ -155,17 +168,20 @@ class EagerNetwork(nn.Module):
         wanted: by stream the frozen vectors (T, C) of the targets.
         drawn: by stream the vectors (M, C) of drawn items, and which are the target itself (T, M).
         """
-        for stream in self.streams.values():
+        embedded = {}
+        for name, stream in self.streams.items():
             stream.prefixes.forget()
-        memories = self.encode(codes, moment_BL)
+            embedded[name] = stream.embed(codes[name])
+        memories = self.encode(embedded, moment_BL)
         found: dict[str, Tensor] = {}
         summaries: dict[str, Tensor] = {}
         for name, stream in self.streams.items():
-            states, past = stream.states(memories[name], codes[name], moment_BL)
-            found[name] = stream.log_loss(states[target_BL], codes[name][target_BL], allowed[name])
+            known = embedded[name][:, :, :-1]
+            states, past = stream.states(memories[name], known, moment_BL)
+            found[name] = stream.losses(states[target_BL], codes[name][target_BL], allowed[name]).sum(dim=1)
             if self.tasks is not None:
                 summary = self.tasks.summaries[name]
-                summaries[name] = summary(stream, memories[name], past, codes[name], moment_BL)[target_BL]
+                summaries[name] = summary(stream, memories[name], past, embedded[name], moment_BL)[target_BL]
         tasks = self.tasks
         if tasks is None:
             return found
@@ -226,21 +242,44 @@ class Summary(nn.Module):
         stream: Stream,
         memory: Memory,
         past: Sequence[KeysValues],
-        codes_BLS: Tensor,
+        embedded_BLSD: Tensor,
         moment_BL: Tensor,
     ) -> Tensor:
-        """(B, L, D) of L targets: the last code and the token go through the decoder after `past`.
+        """(B, L, D) of L targets: the last code and then the token go through the decoder after `past`.
 
         The positions that predict codes are done by then, so this cannot move a bit of them.
         """
-        last = stream.written(codes_BLS)[..., -1:, :]
-        x = torch.cat([last, self.token.expand(*last.shape)], dim=2)
-        later = torch.zeros(2, self.bias_self.shape[-1], dtype=torch.bool)
-        later[0, -1] = True
-        bias_self = self.bias_self.masked_fill(later, HIDDEN)
-        bias_cross = self.bias_cross(moment_BL, memory.moment_BK, own=False)
-        states, _ = stream.positions(x, memory, moment_BL, bias_self, bias_cross, past)
-        return states[:, :, 1]
+        now = latest(memory.states_BKD, memory.moment_BK, moment_BL)[:, :, None]
+        bias = self.bias_cross(moment_BL, memory.moment_BK, own=False)
+        of_last, of_token = bias[:, :, 0::2], bias[:, :, 1::2]
+        last = stream.written(embedded_BLSD)[..., -1:, :]
+        past = self._after(stream, last + now, memory, of_last, past)
+        states, _ = stream.positions(self.token + now, memory, self.bias_self[:, 1:], of_token, past)
+        return states[:, :, 0]
+
+    def _after(
+        self,
+        stream: Stream,
+        x_BL1D: Tensor,
+        memory: Memory,
+        bias_cross: Tensor,
+        past: Sequence[KeysValues],
+    ) -> list[KeysValues]:
+        """`past` and the keys and values of one more input, whose last state nobody reads."""
+        B, L, _, D = x_BL1D.shape
+        x = stream.dropout(x_BL1D).reshape(B * L, 1, D)
+        seen = []
+        for i, (layer, kv, (k, v)) in enumerate(
+            zip(stream.decoder, memory.layers, past, strict=True), start=1
+        ):
+            if i < len(stream.decoder):
+                x, now = layer.over_codes(x, self.bias_self[:, :1, :-1], (k, v))
+                x = layer.over_history(x.reshape(B, L, D), kv, bias_cross).reshape(B * L, 1, D)
+            else:
+                more_k, more_v = layer.self_attention.keys_values(layer.norm_self(x))
+                now = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
+            seen.append(now)
+        return seen
 
 
 def smooth_l1(guess_TC: Tensor, wanted_TC: Tensor) -> Tensor:
@@ -274,16 +313,26 @@ class Transfer(nn.Module):
         self.hidden = nn.Parameter(torch.randn(c.width))
         self.place = nn.Parameter(torch.zeros(S, c.width))
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S + 1, S + 1))
-        self.layer = DecoderLayer(c.width, c.heads, c.head_width, c.hidden, c.dropout)
+        inner = c.heads * c.head_width
+        self.norm_attention = nn.RMSNorm(c.width, eps=1e-6)
+        self.attention = Attention(c.width, c.heads, c.head_width)
+        self.value = Linear(c.width, inner, c.width**-0.5)
+        self.out = Linear(inner, c.width, inner**-0.5)
+        self.norm_ff = nn.RMSNorm(c.width, eps=1e-6)
+        self.ff = FeedForward(c.width, c.hidden, c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.norm = nn.RMSNorm(c.width, eps=1e-6)
         self.recognise = Linear(c.width, 1, c.width**-0.5)
 
-    def forward(self, x_TSD: Tensor, guide_TD: Tensor) -> Tensor:
-        """(T, S + 1, D) states of [CLS] and of S inputs; every position sees every other."""
+    def forward(self, x_TSD: Tensor, guide_TD: Tensor, asked: slice = slice(None)) -> Tensor:
+        """(T, |asked|, D) states at some positions of [CLS] and the S inputs; each sees all S + 1."""
         x = torch.cat([self.cls.expand(len(x_TSD), 1, -1), x_TSD + self.place], dim=1)
-        x, _ = self.layer.over_codes(x, self.bias_self)
-        kv = self.layer.cross_attention.keys_values(guide_TD[:, None])  # one key: all attend to it alike
-        return self.norm(self.layer.over_history(x, kv, torch.zeros(())))
+        normed = self.norm_attention(x)
+        kv, bias = self.attention.keys_values(normed), self.bias_self[:, asked]
+        x = x[:, asked] + self.dropout(self.attention(normed[:, asked], kv, bias))
+        guide = self.out(self.value(guide_TD))  # attention to one key is its value
+        x = x + self.dropout(guide[:, None].expand(x.shape))
+        return self.norm(x + self.dropout(self.ff(self.norm_ff(x))))
 
     def loss(self, stream: Stream, codes_TS: Tensor, guide_TD: Tensor) -> Tensor:
         """(T,) L_recon + L_recog: hidden codes are rebuilt; true codes are told from partly replaced ones."""
@@ -293,18 +342,19 @@ class Transfer(nn.Module):
             rows = [F.embedding(codes[:, s], table) for s, table in enumerate(vectors)]
             return torch.stack(rows, dim=1) * self.width**0.5
 
-        T = len(codes_TS)
         hide_TS = torch.rand(codes_TS.shape) < MASKED
-        x = torch.cat([read(codes_TS), read(replaced(codes_TS, stream.sizes))])
-        covered = torch.where(hide_TS[..., None], self.hidden, x[:T])
-        states = self(torch.cat([covered, x]), guide_TD.repeat(3, 1))
-        rebuilt = torch.zeros(T)
+        true = read(codes_TS)
+        covered = torch.where(hide_TS[..., None], self.hidden, true)
+        states = self(covered, guide_TD, asked=slice(1, None))
+        rebuilt = torch.zeros(len(codes_TS))
         for s, table in enumerate(vectors):
-            logits_TV = (states[:T, s + 1] @ table.T).float()
+            logits_TV = (states[:, s] @ table.T).float()
             missed = F.cross_entropy(logits_TV, codes_TS[:, s], reduction="none")
             rebuilt = rebuilt + missed * hide_TS[:, s]
-        true, false = self.recognise(states[T:, 0]).float()[:, 0].split(T)
-        return rebuilt + F.softplus(-true) + F.softplus(false)
+        both = torch.cat([true, read(replaced(codes_TS, stream.taught))])
+        states = self(both, guide_TD.repeat(2, 1), asked=slice(0, 1))
+        is_true, is_false = self.recognise(states[:, 0]).float()[:, 0].chunk(2)
+        return rebuilt + F.softplus(-is_true) + F.softplus(is_false)
 
 
 def replaced(codes_TS: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
 from tiglon.retrieval.prefixes import Prefixes
 from tiglon.retrieval.windows import overlapping_windows
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,119 @@ class Memory(NamedTuple):
     moment_BK: Tensor  # −1 for the start state, later than everything for padding
 
 
-class CausalTiger(nn.Module):
-    """sizes: codes at each of the S positions, the collision digit last.
+class CodeDecoder(nn.Module):
+    """The half of a network that writes codes. What it shares with the other half, or draws after it, is declared
+    here and made by the network.
+
+    sizes: codes at each of the S positions, the collision digit last.
     codes, vectors, content_width: as `Prefixes` takes them.
     """
+
+    begin: nn.Parameter  # (D,), the first input
+    decoder: Sequence[DecoderLayer]
+    norm_decoder: nn.RMSNorm
+    bias_cross: MomentBias  # of P positions
+    bias_self: nn.Parameter  # (H, P, P)
+    dropout: Dropout
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        config: CausalConfig,
+        codes: np.ndarray | None = None,
+        vectors: np.ndarray | None = None,
+        content_width: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sizes, self.config = sizes, config
+        codes = codes if config.prefixes else None
+        if codes is None or not config.content:
+            vectors, content_width = None, 0
+        self.prefixes = Prefixes(sizes, config.width, codes, vectors, content_width)
+        # The decoder's positions: one a code, or the first two codes share the first.
+        self.paired = int(len(sizes) > 1 and 0 < len(self.prefixes.keys[0]) <= config.pairs)
+
+    # -- codes ↔ vectors --------------------------------------------------------------------------
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(…, s) codes of the first s positions → (…, s, D), entries of about unit size."""
+        return self.prefixes(codes) * self.config.width**0.5
+
+    def written(self, x: Tensor) -> Tensor:
+        """(…, s, D) embedded codes → the decoder's inputs after the first, one for each position that they fill."""
+        if not self.paired:
+            return x
+        if x.shape[-2] < 2:
+            return x[..., :0, :]
+        return torch.cat([x[..., :2, :].sum(dim=-2, keepdim=True) * 2**-0.5, x[..., 2:, :]], dim=-2)
+
+    def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
+        """(T, V) of the code after `before` (T, s), from the state of the decoder's position for it."""
+        if self.paired and before.shape[1] == 0:
+            return self.prefixes.first_logits(x_TD)
+        return self.prefixes.logits(x_TD, before)
+
+    def position(self, s: int) -> int:
+        """The decoder's position that predicts code s (0 … S−1)."""
+        return max(s - self.paired, 0)
+
+    def extended(self, codes: np.ndarray, vectors: np.ndarray | None) -> Self:
+        """This network where new items (M, S) have prefixes, and content from `vectors` (M, C), too."""
+        new = copy.copy(self)
+        new._modules = self._modules | {"prefixes": self.prefixes.extended(codes, vectors)}
+        return new
+
+    # -- memory → codes ---------------------------------------------------------------------------
+
+    def forward(self, memory: Memory, codes_BLS: Tensor, moment_BL: Tensor) -> Tensor:
+        """(B, L, P, D) states at the decoder's P positions for L targets a user, each from its own past."""
+        return self.states(memory, self.embed(codes_BLS[..., :-1]), moment_BL)[0]
+
+    def states(self, memory: Memory, known: Tensor, moment_BL: Tensor) -> tuple[Tensor, list[KeysValues]]:
+        """As `forward`, from the embedded codes (B, L, S − 1, D); and the keys and values of each layer."""
+        written, P = self.written(known), self.bias_self.shape[-1]
+        x = torch.cat([self.begin.expand(*moment_BL.shape, 1, -1), written], dim=2)
+        x = x + latest(memory.states_BKD, memory.moment_BK, moment_BL)[:, :, None]
+        later = torch.ones(P, P, dtype=torch.bool).triu(1)
+        bias_self = self.bias_self.masked_fill(later, HIDDEN)
+        bias_cross = self.bias_cross(moment_BL, memory.moment_BK, own=False)
+        return self.positions(x, memory, bias_self, bias_cross, [None] * len(self.decoder))
+
+    def positions(
+        self,
+        x_BLPD: Tensor,
+        memory: Memory,
+        bias_self: Tensor,
+        bias_cross: Tensor,
+        past: Sequence[KeysValues | None],
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """The decoder over inputs that follow those of `past`: states, and all keys and values."""
+        B, L, P, _ = x_BLPD.shape
+        x = self.dropout(x_BLPD)
+        seen = []
+        for layer, kv, before in zip(self.decoder, memory.layers, past, strict=True):
+            x, now = layer.over_codes(x.reshape(B * L, P, -1), bias_self, before)
+            x = layer.over_history(x.reshape(B, L * P, -1), kv, bias_cross)
+            seen.append(now)
+        return self.dropout(self.norm_decoder(x)).reshape(B, L, P, -1), seen
+
+    def losses(self, states_TPD: Tensor, truth_TS: Tensor, allowed: Sequence[Tensor] | None) -> Tensor:
+        """(T, S) −log p of each true code, given those before it; `allowed` as `CausalTiger.loss` takes it."""
+        found = []
+        for s in range(len(self.sizes)):
+            logits_TV = self.logits(states_TPD[:, self.position(s)], truth_TS[:, :s])
+            if allowed is not None:
+                logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
+            found.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
+        return torch.stack(found, dim=1)
+
+    def decoder_for(self, memory: Memory, moment_B: Tensor) -> CausalDecoder:
+        """A step function for `beam_search`: B users at their present moments."""
+        return CausalDecoder(self, memory, moment_B)
+
+
+class CausalTiger(CodeDecoder):
+    """As `CodeDecoder` takes them: sizes, config, codes, vectors, content_width."""
 
     def __init__(
         self,
@@ -81,15 +193,8 @@ class CausalTiger(nn.Module):
         vectors: np.ndarray | None = None,
         content_width: int = 0,
     ) -> None:
-        super().__init__()
-        self.config = c = config or CausalConfig()
-        self.sizes = sizes
-        codes = codes if c.prefixes else None
-        if codes is None or not c.content:
-            vectors, content_width = None, 0
-        self.prefixes = Prefixes(sizes, c.width, codes, vectors, content_width)
-        # The decoder's positions: one a code, or the first two codes share the first.
-        self.paired = int(len(sizes) > 1 and 0 < len(self.prefixes.keys[0]) <= c.pairs)
+        c = config or CausalConfig()
+        super().__init__(sizes, c, codes, vectors, content_width)
         S = len(sizes) - self.paired
         self.start = nn.Parameter(torch.randn(c.width))  # state of an empty history
         self.begin = nn.Parameter(torch.randn(c.width))  # the decoder's first input
@@ -105,40 +210,7 @@ class CausalTiger(nn.Module):
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
         self.dropout = Dropout(c.dropout)
 
-    # -- codes ↔ vectors -----------------------------------------------------------------------
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """(…, s) codes of the first s positions → (…, s, D), entries of about unit size."""
-        return self.prefixes(codes) * self.config.width**0.5
-
-    def written(self, codes: Tensor) -> Tensor:
-        """(…, s) codes → the decoder's inputs after the first, one for each position that they fill."""
-        x = self.embed(codes)
-        if not self.paired:
-            return x
-        if codes.shape[-1] < 2:
-            return x[..., :0, :]
-        return torch.cat([x[..., :2, :].sum(dim=-2, keepdim=True) * 2**-0.5, x[..., 2:, :]], dim=-2)
-
-    def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
-        """(T, V) of the code after `before` (T, s), from the state of the decoder's position for it."""
-        if self.paired and before.shape[1] == 0:
-            return self.prefixes.first_logits(x_TD)
-        return self.prefixes.logits(x_TD, before)
-
-    def position(self, s: int) -> int:
-        """The decoder's position that predicts code s (0 … S−1)."""
-        return max(s - self.paired, 0)
-
-    def extended(self, codes: np.ndarray, vectors: np.ndarray | None) -> CausalTiger:
-        """This network where new items (M, S) have prefixes, and content from `vectors` (M, C), too."""
-        new = copy.copy(self)
-        new._modules = self._modules | {"prefixes": self.prefixes.extended(codes, vectors)}
-        return new
-
     windows = staticmethod(overlapping_windows)
-
-    # -- history → memory ----------------------------------------------------------------------
 
     def encode(self, codes_BLS: Tensor, moment_BL: Tensor, user_B: Tensor | None = None) -> Memory:
         """Memory of L items a user, oldest first; padding comes last, at moment PADDING. Blind to `user_B`."""
@@ -151,22 +223,6 @@ class CausalTiger(nn.Module):
             x, _ = layer(x, bias)
         x = self.dropout(self.norm_encoder(x))
         return Memory(x, [layer.cross_attention.keys_values(x) for layer in self.decoder], moment)
-
-    # -- memory → codes ------------------------------------------------------------------------
-
-    def forward(self, memory: Memory, codes_BLS: Tensor, moment_BL: Tensor) -> Tensor:
-        """(B, L, P, D) states at the decoder's P positions for L targets a user, each from its own past."""
-        (B, L, _), P = codes_BLS.shape, len(self.sizes) - self.paired
-        known = self.written(codes_BLS[..., :-1])
-        x = torch.cat([self.begin.expand(B, L, 1, -1), known], dim=2)
-        x = self.dropout(x + latest(memory.states_BKD, memory.moment_BK, moment_BL)[:, :, None])
-        later = torch.ones(P, P, dtype=torch.bool).triu(1)
-        bias_self = self.bias_self.masked_fill(later, HIDDEN)
-        bias = self.bias_cross(moment_BL, memory.moment_BK, own=False)
-        for layer, kv in zip(self.decoder, memory.layers, strict=True):
-            x, _ = layer.over_codes(x.reshape(B * L, P, -1), bias_self)
-            x = layer.over_history(x.reshape(B, L * P, -1), kv, bias)
-        return self.dropout(self.norm_decoder(x)).reshape(B, L, P, -1)
 
     def loss(
         self,
@@ -181,26 +237,15 @@ class CausalTiger(nn.Module):
         allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax
             runs over them. None runs it over all V.
         """
-        self.prefixes.forget()
-        states_TPD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)[target_BL]
-        truth_TS = codes_BLS[target_BL]
-        losses = []
-        for s in range(len(self.sizes)):
-            logits_TV = self.logits(states_TPD[:, self.position(s)], truth_TS[:, :s])
-            if allowed is not None:
-                logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
-            losses.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
-        return torch.stack(losses, dim=1)
-
-    def decoder_for(self, memory: Memory, moment_B: Tensor) -> CausalDecoder:
-        """A step function for `beam_search`: B users at their present moments."""
-        return CausalDecoder(self, memory, moment_B)
+        with self.prefixes.holding(codes_BLS, pairs=bool(self.paired)):
+            states_BLPD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)
+            return self.losses(states_BLPD[target_BL], codes_BLS[target_BL], allowed)
 
 
 class CausalDecoder:
     """One code at a time for B users × W beams; what all beams of a user share is held once."""
 
-    def __init__(self, model: CausalTiger, memory: Memory, moment_B: Tensor) -> None:
+    def __init__(self, model: CodeDecoder, memory: Memory, moment_B: Tensor) -> None:
         self.model = model
         self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
         self.bias_BHPK = model.bias_cross(moment_B[:, None], memory.moment_BK, own=False)
@@ -227,7 +272,7 @@ class CausalDecoder:
     def _advance(self, position: int) -> Tensor:
         """(B, W, D) states of the decoder's next position."""
         model, (B, W, _) = self.model, self.written.shape
-        x = model.written(self.written)[..., -1, :] if position else model.begin.expand(B, 1, -1)
+        x = model.written(model.embed(self.written))[..., -1, :] if position else model.begin.expand(B, 1, -1)
         x = x + self.latest_B1D
         bias_self = model.bias_self[:, position : position + 1, : position + 1]
         bias = self.bias_BHPK[:, :, position : position + 1]

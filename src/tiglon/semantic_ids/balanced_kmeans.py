@@ -11,9 +11,11 @@ means. The dealing is Bertsekas' auction (Bertsekas and Castañón, "The auction
 problem", 1989): items bid for seats, a full cluster's price rises, and the total comes within n·ε of the least
 possible one.
 
+Items that arrive later (not in the paper) go down the frozen tree, `ClusterTree`: nothing moves for them.
+
 Cost: N·k distances at once (100 MB for 100,000 items and 256 clusters).
 
-Letters: N items, D width, V clusters of a level (k above), S levels.
+Letters: N items, M new ones, D width, V clusters of a level (k above), S levels, P nodes of a level.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import CapacityError, ConfigError, DataError
 from tiglon.semantic_ids.kmeans import kmeans
 from tiglon.semantic_ids.tokenizer import require_vectors
 from tiglon.types import Vocabulary, hash_ids
@@ -59,6 +61,60 @@ def balanced_codes(
             below += [rows[code == c] for c in range(min(branches, len(rows)))]
         groups = [rows for rows in below if len(rows) > 1]
     return codes
+
+
+class ClusterTree:
+    """The clusters of a catalogue as they were made, in which items that arrive later find their codes."""
+
+    def __init__(self, codes: np.ndarray, vectors: np.ndarray) -> None:
+        """codes: (N, S) of `balanced_codes`.   vectors: (N, D), those that they were made of."""
+        self.last_codes = int(codes[:, -1].max(initial=-1)) + 1
+        self.centres: list[np.ndarray] = []  # (P, D) by level: the means of what lies below
+        self.first_child: list[
+            np.ndarray
+        ] = []  # (P + 1,) by level but the last: node i's are first[i]:first[i+1]
+        for level in range(1, codes.shape[1]):
+            nodes, at = np.unique(codes[:, :level], axis=0, return_inverse=True)
+            total = np.zeros((len(nodes), vectors.shape[1]))
+            np.add.at(total, at.ravel(), vectors)
+            self.centres.append((total / np.bincount(at.ravel())[:, None]).astype(np.float32))
+            if level > 1:
+                _, first = np.unique(nodes[:, :-1], axis=0, return_index=True)
+                self.first_child.append(np.append(first, len(nodes)))
+        self.nodes = nodes  # (P, S − 1), the paths to the last clusters
+
+    def place(self, vectors: np.ndarray, taken: np.ndarray, size: int) -> np.ndarray:
+        """(M, S) int32 codes for new items (M, D), one after the other: at each level they go to the nearest
+        centre below which there is room, and there they take the next code that no item ever had.
+
+        taken: (n, S) all codes that were given, those of the catalogue and of items placed before.
+        size: the last codes are 0 … size − 1. Codes that the catalogue has in any cluster are left out.
+        Raises CapacityError where no cluster has room.
+        """
+        _, at = np.unique(np.concatenate([self.nodes, taken[:, :-1]]), axis=0, return_inverse=True)
+        following = np.full(len(self.nodes), self.last_codes)
+        np.maximum.at(following, at.ravel()[len(self.nodes) :], taken[:, -1] + 1)
+        if len(vectors) > (size - following).sum():
+            raise CapacityError(
+                f"{len(vectors)} new items, and room for {(size - following).sum()} in EAGER's clusters",
+                rule="New items never move old ones",
+                fix="Make the codes anew, of all items, and fit anew",
+            )
+        room = [size - following]
+        for first in reversed(self.first_child):
+            room.insert(0, np.add.reduceat(room[0], first[:-1]))
+        codes = np.empty((len(vectors), taken.shape[1]), np.int32)
+        for row, vector in enumerate(vectors.astype(np.float32)):
+            low, high = 0, len(room[0])
+            for level, centres in enumerate(self.centres):
+                distance = np.square(centres[low:high] - vector).sum(axis=1)
+                node = low + int(np.where(room[level][low:high] > 0, distance, np.inf).argmin())
+                room[level][node] -= 1
+                if level < len(self.first_child):
+                    low, high = self.first_child[level][node : node + 2]
+            codes[row] = *self.nodes[node], following[node]
+            following[node] += 1
+        return codes
 
 
 def balanced_kmeans(
