@@ -453,9 +453,9 @@ NEW = Vocabulary([*ITEMS.raw.to_pylist(), "twin of 7", "other", "twin of 7 again
 NEW_VECTORS = VECTORS["semantic"][[7, 2, 7]] * [[1], [-1], [1]]
 
 
-@pytest.mark.parametrize("switch", ["whole", "semantic alone", "without tasks"])
+@pytest.mark.parametrize("switch", ["whole", "semantic alone", "three levels"])
 def test_new_items_are_recommended_at_once_and_no_code_moves(switch):
-    made = eager(**SWITCHES[switch])
+    made = eager(**SWITCHES.get(switch, {"branches": 3}))
     before, codes = log_p(made, [3, 8]), {n: s.ids.codes for n, s in made.systems.items()}
     made.add_items(NEW, NEW_VECTORS)
     for name, system in made.systems.items():
@@ -472,6 +472,25 @@ def test_new_items_are_recommended_at_once_and_no_code_moves(switch):
     (row,) = made.recommend(history=[["item 3", "twin of 7"]], k=N + 3)
     assert "other" in [item for item, _ in row]
     assert "twin of 7" not in [item for item, _ in row]
+
+
+@torch.no_grad()
+def test_codes_are_scored_as_tiger_scores_them():
+    """The look-up by distinct prefix is only a faster one, before new items and after."""
+    made = eager(branches=3)
+    x = torch.randn(N + 3, MODEL.width)
+    for new in (0, 3):
+        if new:
+            made.add_items(NEW, NEW_VECTORS)
+        for name, stream in made.network.streams.items():
+            system = made.systems[name]
+            for s, allowed in enumerate(system.allowed(torch.arange(N + new))):
+                before = system.codes[:, :s]
+                found, plain = (
+                    stream.logits(x[: N + new], before),
+                    stream.prefixes.logits(x[: N + new], before),
+                )
+                torch.testing.assert_close(found[allowed], plain[allowed])
 
 
 def test_a_new_item_is_like_those_of_its_text():

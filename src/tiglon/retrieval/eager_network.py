@@ -93,9 +93,10 @@ class Stream(CodeDecoder):
         prefixes, s = self.prefixes, before.shape[1]
         if s == 0 or not len(prefixes.keys[s - 1]):
             return super().logits(x_TD, before)
-        keys, V = prefixes.keys[s - 1], self.sizes[s]
+        keys, size = prefixes.keys[s - 1], self.sizes[s]
+        V = int((keys % size).max()) + 1  # the codes after those no item has
         row_U, of_T, count_U = prefixes.nodes(before)[:, -1].unique(return_inverse=True, return_counts=True)
-        key_UV = row_U[:, None] * V + torch.arange(V)
+        key_UV = row_U[:, None] * size + torch.arange(V)
         at = torch.searchsorted(keys, key_UV).clamp(max=len(keys) - 1)
         row_UV = torch.where(keys[at] == key_UV, prefixes.rows[s - 1][at], 0)
         own = prefixes.code.weight[prefixes.offsets[s] : prefixes.offsets[s] + V]
@@ -104,7 +105,8 @@ class Stream(CodeDecoder):
         place_T = torch.empty_like(order)
         place_T[order] = torch.arange(len(order)) - (count_U.cumsum(0) - count_U)[of_T[order]]
         x_UtD = x_TD.new_zeros(len(row_U), int(count_U.max()), x_TD.shape[1]).index_put((of_T, place_T), x_TD)
-        return (x_UtD @ vectors_UVD.transpose(1, 2))[of_T, place_T].float()
+        logits_TV = (x_UtD @ vectors_UVD.transpose(1, 2))[of_T, place_T].float()
+        return F.pad(logits_TV, (0, size - V))
 
     def code_vectors(self, s: int) -> Tensor:
         """(V, D) of the codes at position s by themselves, whatever stands before them; taught ones alone."""

@@ -69,10 +69,9 @@ class ClusterTree:
     def __init__(self, codes: np.ndarray, vectors: np.ndarray) -> None:
         """codes: (N, S) of `balanced_codes`.   vectors: (N, D), those that they were made of."""
         self.last_codes = int(codes[:, -1].max(initial=-1)) + 1
-        self.centres: list[np.ndarray] = []  # (P, D) by level: the means of what lies below
-        self.first_child: list[
-            np.ndarray
-        ] = []  # (P + 1,) by level but the last: node i's are first[i]:first[i+1]
+        # By level: the means (P, D) of what lies below each node; where the next level's (P + 1,) begin below it.
+        self.centres: list[np.ndarray] = []
+        self.first_child: list[np.ndarray] = []
         for level in range(1, codes.shape[1]):
             nodes, at = np.unique(codes[:, :level], axis=0, return_inverse=True)
             total = np.zeros((len(nodes), vectors.shape[1]))
