@@ -305,7 +305,7 @@ def _bar(greatest: np.ndarray, n: int, least: int) -> int:
     """
     if _above(greatest, np.int32(least)) <= n:
         return least
-    low, high = np.int64(least), np.int64(greatest.max())
+    low, high = int(least), int(greatest.max())
     while low + 1 < high:
         middle = (low + high) >> 1
         above = _above(greatest, np.int32(middle))
