@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MISSING = -1  # a dense id that is not there: an unknown item, or a candidate list shorter than K
+_FEW = 16  # times fewer ids than a vocabulary has are looked up one by one
 
 
 class Vocabulary:
@@ -47,6 +49,7 @@ class Vocabulary:
         if len(pc.unique(array)) != len(array):
             raise DataError(f"{len(array)} ids of which some repeat", rule="A vocabulary lists each id once")
         self.raw = array
+        self._hashes: tuple[np.ndarray, np.ndarray] | None = None  # ascending, and whose each is
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -70,8 +73,27 @@ class Vocabulary:
             array = array.cast(self.raw.type)
         except pa.ArrowInvalid:
             return np.full(len(array), MISSING, dtype=np.int64)
+        if _FEW * len(array) < len(self) and isinstance(array, pa.Array) and not array.null_count:
+            found = self._few(array)
+            if found is not None:
+                return found
         found = pc.fill_null(pc.index_in(array, value_set=self.raw), MISSING)
         return found.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def _few(self, array: pa.Array) -> np.ndarray | None:
+        """As `encode`, for few ids of our own type: by sorted hashes, which are made once. None where two ids
+        have one hash, as one pair in 10^19 does."""
+        if self._hashes is None:
+            hashes = _hash(self.raw)
+            order = np.argsort(hashes)
+            self._hashes = hashes[order], order
+        hashes, order = self._hashes
+        wanted = _hash(array)
+        at = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
+        found = np.where(hashes[at] == wanted, order[at], MISSING)
+        there = pa.array(found, mask=found == MISSING)
+        same = pc.equal(self.raw.take(there), array)
+        return found if pc.all(same).as_py() in (True, None) else None
 
     def require(self, raw: Sequence[Any], kind: str) -> np.ndarray:
         """`encode`, or UnknownIdError naming the first unknown ids. `kind` is "user" or "item"."""
@@ -95,7 +117,10 @@ class Vocabulary:
 
 def hash_ids(keys: Vocabulary) -> np.ndarray:
     """(n,) uint64: a hash of each raw id (FNV-1a of its bytes, then mixed), the same everywhere."""
-    raw = keys.raw
+    return _hash(keys.raw)
+
+
+def _hash(raw: pa.Array) -> np.ndarray:
     if pa.types.is_integer(raw.type):
         text = raw.to_numpy(zero_copy_only=False).astype("<i8").view(np.uint8)
         offsets = np.arange(len(raw) + 1, dtype=np.int64) * 8
@@ -217,7 +242,7 @@ class Histories:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def owner(self) -> np.ndarray:
         """(T,) which of the B users each event belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)

@@ -37,7 +37,7 @@ from tiglon.nn.interests import label_aware, route
 from tiglon.nn.transformer import HIDDEN, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
 from tiglon.retrieval.retriever import require_k
-from tiglon.retrieval.topk import tie_order
+from tiglon.retrieval.topk import tie_keys
 from tiglon.retrieval.towers import InterestNetwork, Past
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Candidates, Histories
@@ -178,7 +178,7 @@ class ComiRec(DenseRetriever):
                 found = lists.item[b * many : (b + 1) * many]
                 union = np.unique(found[found != MISSING])
                 fit = (interests[b][present[b]] @ vectors[union].T).max(axis=0, initial=-np.inf)
-                place, gain = aggregate(fit, categories[union], k, weight, tie_order(len(self.items))[union])
+                place, gain = aggregate(fit, categories[union], k, weight, tie_keys(union))
                 row = np.full(min(k, len(self.items)), MISSING, np.int64)
                 row[: len(place)] = union[place]
                 item.append(row)

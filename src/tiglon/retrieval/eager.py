@@ -63,7 +63,7 @@ from tiglon.retrieval.prefixes import centred
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
-from tiglon.retrieval.topk import require_dense, tie_order, top_items
+from tiglon.retrieval.topk import require_dense, tie_keys, top_items
 from tiglon.retrieval.windows import Batch, WindowBatches, moments, overlapping_windows, padded_histories
 from tiglon.semantic_ids.balanced_kmeans import ClusterTree, balanced_codes
 from tiglon.semantic_ids.catalog import SemanticIds
@@ -380,7 +380,7 @@ class Eager(Retriever):
             np.concatenate([beam.item for beam in beams.values()], axis=1),
             np.concatenate(list(confidence.values()), axis=1),
         )
-        order = np.lexsort((tie_order(len(self.items))[items], -scores), axis=1)[:, :k]
+        order = np.lexsort((tie_keys(items), -scores), axis=1)[:, :k]
         items, scores = np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1)
         return Candidates(items, scores.astype(np.float32), self.name)
 

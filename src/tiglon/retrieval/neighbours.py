@@ -375,12 +375,13 @@ def moments_ago(histories: Histories) -> np.ndarray:
 
 
 def recent(histories: Histories, n_items: int, last: int, decay: float) -> sp.csr_matrix:
-    """(B, N) float32: the sum of decay^age over each user's events of an item, in the `last` moments."""
+    """(B, N) float32: decay^age of each user's events of an item in the `last` moments; several of one item
+    are entries of their own, which whoever reads the matrix adds up."""
     age = moments_ago(histories)
     keep = age < last
-    owner, item = histories.owner[keep], histories.item[keep]
     weight = (decay ** age[keep]).astype(np.float32)
-    return sp.csr_matrix((weight, (owner, item)), shape=(len(histories), n_items))
+    start = np.concatenate([[0], np.cumsum(keep)])[histories.offsets]
+    return sp.csr_matrix((weight, histories.item[keep], start), shape=(len(histories), n_items))
 
 
 # -- text --------------------------------------------------------------------------------------------------

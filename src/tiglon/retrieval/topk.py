@@ -7,6 +7,8 @@ order stands for (time of arrival, popularity), and metrics of coarse scores wou
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numba import njit
 
@@ -36,18 +38,27 @@ def top_items(
         scores[banned.owner, banned.item] = -np.inf
     order = tie_order(n, seed)
     item = best_places(np.ascontiguousarray(scores), min(k, n), order)
-    score = np.where(item == MISSING, -np.inf, np.take_along_axis(scores, item, axis=1))
+    row = np.arange(users)[:, None]
+    score = np.where(item == MISSING, -np.inf, scores[row, item])
     ranks = np.lexsort((order[item], -score), axis=1)
-    item, score = np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
+    item, score = item[row, ranks], score[row, ranks]
     return Candidates(item, score.astype(np.float32), source)
 
 
+@lru_cache(maxsize=8)
 def tie_order(n: int, seed: int = 0) -> np.ndarray:
-    """(N,) distinct uint64, one an item; of items with equal scores the lowest goes first.
+    """(N,) `tie_keys` of items 0 … n − 1, read-only."""
+    order = tie_keys(np.arange(n), seed)
+    order.flags.writeable = False
+    return order
+
+
+def tie_keys(item: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Distinct uint64, one an item, of the shape of `item`; of items with equal scores the lowest goes first.
 
     SplitMix64 (Steele et al. 2014), a bijection of the item's number: new items never reorder old ones.
     """
-    state = (np.arange(1, n + 1, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32))) * np.uint64(
+    state = (item.astype(np.uint64) + np.uint64(1) + (np.uint64(seed) << np.uint64(32))) * np.uint64(
         0x9E3779B97F4A7C15
     )
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -40,7 +40,7 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, moments_ago
 from tiglon.retrieval.retriever import Retriever, require_k
-from tiglon.retrieval.topk import tie_order, top_items
+from tiglon.retrieval.topk import tie_keys, top_items
 from tiglon.serving.remembered import Remembered
 from tiglon.types import MISSING, Candidates, Histories, Targets
 
@@ -363,8 +363,8 @@ class Fusion:
 
 
 def best_first(pool: Pool, score: np.ndarray) -> np.ndarray:
-    """(T,) rows of the pool, each user's best first; ties as `tie_order` has them."""
-    tie = tie_order(int(pool.item.max(initial=0)) + 1)[pool.item]
+    """(T,) rows of the pool, each user's best first; ties as `tie_keys` has them."""
+    tie = tie_keys(pool.item)
     return np.lexsort((tie, -score, pool.owner))
 
 
