@@ -68,7 +68,11 @@ class Vocabulary:
         if not isinstance(array, (pa.Array, pa.ChunkedArray)):
             # A list from a user may mix types; only those of the vocabulary's own type can match.
             kind = int if pa.types.is_integer(self.raw.type) else str
-            array = pa.array([_plain(value, kind) for value in array], type=self.raw.type, from_pandas=True)
+            if set(map(type, array)) != {kind} or (
+                kind is int and not -(2**63) <= min(array) <= max(array) < 2**63
+            ):
+                array = [_plain(value, kind) for value in array]
+            array = pa.array(array, type=self.raw.type, from_pandas=True)
         try:
             array = array.cast(self.raw.type)
         except pa.ArrowInvalid:
@@ -246,6 +250,15 @@ class Histories:
     def owner(self) -> np.ndarray:
         """(T,) which of the B users each event belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @cached_property
+    def moments_ago(self) -> np.ndarray:
+        """(T,) the age of each event: how many later moments its user has; 0 for the latest."""
+        owner, time = self.owner, self.time
+        if not len(owner):
+            return np.empty(0, np.int64)
+        moment = np.cumsum(np.concatenate([[True], (np.diff(owner) != 0) | (np.diff(time) != 0)]))
+        return moment[self.offsets[owner + 1] - 1] - moment
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> Histories:

@@ -18,7 +18,6 @@ from tiglon.retrieval.neighbours import (
     TextConfig,
     TextNeighbours,
     co_occurrence,
-    moments_ago,
     recent,
     text_template,
 )
@@ -55,7 +54,7 @@ def histories_of(lives, times):
 
 def test_age_counts_later_moments_not_later_events():
     histories = histories_of([[0, 1, 2, 3], [], [4], [5, 6]], [[1, 5, 5, 9], [], [9], [9, 9]])
-    assert moments_ago(histories).tolist() == [2, 1, 1, 0, 0, 0, 0]
+    assert histories.moments_ago.tolist() == [2, 1, 1, 0, 0, 0, 0]
 
 
 def test_recent_weighs_by_age_and_adds_repeats():

@@ -365,19 +365,10 @@ class NeighbourSum(Neighbours):
 # -- history -----------------------------------------------------------------------------------------------
 
 
-def moments_ago(histories: Histories) -> np.ndarray:
-    """(T,) the age of each event: how many later moments its user has; 0 for the latest."""
-    owner, time = histories.owner, histories.time
-    if not len(owner):
-        return np.empty(0, np.int64)
-    moment = np.cumsum(np.concatenate([[True], (np.diff(owner) != 0) | (np.diff(time) != 0)]))
-    return moment[histories.offsets[owner + 1] - 1] - moment
-
-
 def recent(histories: Histories, n_items: int, last: int, decay: float) -> sp.csr_matrix:
     """(B, N) float32: decay^age of each user's events of an item in the `last` moments; several of one item
     are entries of their own, which whoever reads the matrix adds up."""
-    age = moments_ago(histories)
+    age = histories.moments_ago
     keep = age < last
     weight = (decay ** age[keep]).astype(np.float32)
     start = np.concatenate([[0], np.cumsum(keep)])[histories.offsets]

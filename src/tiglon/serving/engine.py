@@ -86,6 +86,7 @@ from tiglon.serving.tree import beam_of, node_of
 from tiglon.types import MISSING, Histories
 
 NEW_SHARE = 10  # behind its like, one new item in so many of a list
+FORGET = 0.995  # of a stage's usual time, for each request that skips it: one in hundreds tries it again
 RERANKED = 20  # candidates that a language model reads
 STATE_DOWN = "state down: only what the bundle holds was read"
 
@@ -234,7 +235,7 @@ class Engine:
         if self._left(asking) >= self.pace.get(stage, 0.0):
             return False
         if stage in self.pace:
-            self.pace[stage] *= 0.95  # a stage that was slow once is tried again
+            self.pace[stage] *= FORGET  # a stage that was slow once is tried again
         asking.degraded.append(f"{stage} skipped: time budget")
         return True
 

@@ -38,7 +38,7 @@ from threadpoolctl import threadpool_limits
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.retrieval.dense import DenseRetriever
-from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, moments_ago
+from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.topk import tie_keys, top_items
 from tiglon.serving.remembered import Remembered
@@ -141,18 +141,21 @@ def gather(
     scores: list[np.ndarray] = []
     matrices: dict[int, np.ndarray] = {}
     evidence: dict[Retriever, np.ndarray] = {}
+    readable: dict[int, Histories] = {}  # by those who know so many items
     for r, retriever in enumerate(retrievers):
         if retriever.name in skip:
             items.append(np.empty((B, 0), np.int64))
             scores.append(np.empty((B, 0), np.float32))
             continue
         began = time.perf_counter()
+        known = len(retriever.items)
+        if known not in readable:
+            readable[known] = _known(histories, known, stand_in)
         if isinstance(retriever, CatalogueScorer):
-            known = len(retriever.items)
             if isinstance(retriever, NeighbourSum) and {retriever.text, retriever.together} <= set(evidence):
                 told = evidence[retriever.text] + evidence[retriever.together]  # looked up just now
             else:
-                told = retriever.evidence(_known(histories, known, stand_in))
+                told = retriever.evidence(readable[known])
             evidence[retriever] = told
             matrices[r] = matrix = retriever.or_popularity(told)
             hidden = owner, histories.item
@@ -169,8 +172,7 @@ def gather(
             best, asked = top_items(open_, config.gives(retriever, k)), B
             item = best.item
         else:
-            known = len(retriever.items)
-            read = histories if known == n_items else _known(histories, known, stand_in)
+            read = histories if known == n_items else readable[known]
             most = config.gives(retriever, k)
             if remembered is None:
                 best, asked = retriever.retrieve(read, most, exclude_seen=exclude_seen), B
@@ -286,7 +288,7 @@ def _own(pool: Pool, histories: Histories, popularity: np.ndarray) -> np.ndarray
     out = np.zeros((len(pool.item), len(OWN)), np.float32)
     if not len(histories.item):
         return out
-    age = moments_ago(histories)
+    age = histories.moments_ago
     moments = np.ones(len(pool), np.int64)
     np.maximum.at(moments, histories.owner, age + 1)
     n_items = len(popularity)
