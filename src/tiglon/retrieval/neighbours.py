@@ -518,7 +518,7 @@ def _product(a: sp.csr_matrix, b: sp.csr_matrix) -> np.ndarray:
     return out
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _add_rows(
     a_start: np.ndarray,
     a_index: np.ndarray,

@@ -76,7 +76,7 @@ def require_dense(histories: Histories, n_items: int) -> None:
         )
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
     """(B, k) where the best scores of each row stand, in no order; MISSING after the last one above −inf.
 
@@ -105,7 +105,7 @@ def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _sift(heap: np.ndarray, at: int, row: np.ndarray, order: np.ndarray) -> None:
     """Let the item at `at` sink below all that are worse."""
     while 2 * at + 1 < len(heap):
@@ -118,6 +118,6 @@ def _sift(heap: np.ndarray, at: int, row: np.ndarray, order: np.ndarray) -> None
         at = child
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _worse(a: int, b: int, row: np.ndarray, order: np.ndarray) -> bool:
     return row[a] < row[b] or (row[a] == row[b] and order[a] > order[b])
