@@ -1,7 +1,7 @@
 """Which crossing layer, and which gate, on groceries: Complete Journey's next basket.
 
     python benchmarks/crossing.py --out runs/crossing.jsonl [--rows none fm dcn_v2 poso …]
-           [--seeds 0 1 2] [--minutes 5] [--threads 2] [--requests N] [--only-table]
+           [--seeds 0 1 2] [--learn 10000] [--threads 2] [--set train.epochs=1] [--only-table]
 
 All rows have one base: attention over the 50 most recent behaviours, counts of what candidate and life share,
 the same features, MLP, requests and training. The first table adds a crossing layer to it ("cross_id": two declared
@@ -42,6 +42,7 @@ from tiglon.data.sources import Source, complete_journey
 from tiglon.ranking.crosses import CROSSES
 from tiglon.ranking.gates import GATES, submergence
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
+from tiglon.recipes import override
 
 NONE, CROSS_ID, CAN = "none", "cross_id", "can"
 CROSSING = [NONE, CROSS_ID, *CROSSES, CAN]
@@ -66,16 +67,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--rows", nargs="+", choices=[*CROSSING, *GATES], default=[*CROSSING, *GATES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, help="of training a row at most; by default three epochs")
+    parser.add_argument("--learn", type=int, metavar="N", help="requests to learn from, the same for all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, help="cut each split to so many requests, for a quick look")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     console = Console(width=150, highlight=False)
     if not given.only_table:
         console.print(machine_line())
-        run(given.out, given.rows, given.seeds, given.minutes, given.requests, console)
+        changes = dict(setting.split("=", 1) for setting in given.settings)
+        run(given.out, given.rows, given.seeds, changes, given.learn, console)
     for found in tables(rows_of(given.out)):
         console.print(found)
 
@@ -87,7 +89,7 @@ def run(
     out: Path,
     names: Sequence[str],
     seeds: Sequence[int],
-    minutes: float | None,
+    changes: dict[str, str],
     requests: int | None,
     console: Console,
 ) -> None:
@@ -95,7 +97,7 @@ def run(
     done = {row["key"] for row in rows_of(out)}
     for seed in seeds:
         for name in names:
-            config = config_of(name, seed, minutes)
+            config = override(config_of(name), changes | {"train.seed": str(seed)})
             key = f"{name}, {requests or 'all'} requests, {asdict(config)}"
             row = save(out, done, key, lambda n=name, c=config: trained(n, c, requests, console))
             if row:
@@ -105,20 +107,19 @@ def run(
                               f"{row['seconds']:.0f} s")  # fmt: skip
 
 
-def config_of(name: str, seed: int, minutes: float | None) -> LifelongConfig:
+def config_of(name: str) -> LifelongConfig:
     config = LifelongConfig(long=CAN if name == CAN else "none", longest=200)
     if name in CROSSES:
         config = replace(config, cross=name)
     if name in GATES:
         config = replace(config, gate=name, gate_by=(COUNT,) if name == "lhuc" else (FLAG, COUNT))
-    return replace(config, train=replace(config.train, seed=seed, minutes=minutes))
+    return config
 
 
 def trained(name: str, config: LifelongConfig, requests: int | None, console: Console) -> dict[str, Any]:
     """One ranker from scratch: selected on the validation, the test read once, whole and by who asks."""
-    learn, validation, test, _ = (
-        first(task, requests) if isinstance(task, RankingTask) else task for task in tasks(name == CROSS_ID)
-    )
+    learn, validation, test, _ = tasks(name == CROSS_ID)
+    learn = first(learn, requests)
     ranker = LifelongRanker.of(learn, config).fit(learn, validation, report=Printer(console))
     new = is_new(test)
     segments = {"all": test, "new": test.select(new), "old": test.select(~new)}
@@ -199,16 +200,12 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
 
 
 def _budget(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["settings"]["train"]["minutes"], row["learned_from"]["all"], row["requests"]["all"]
+    return row["settings"]["train"]["epochs"], row["learned_from"]["all"]
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    asked, learned, minutes = (
-        rows[0]["requests"],
-        rows[0]["learned_from"],
-        rows[0]["settings"]["train"]["minutes"],
-    )
-    budget = f"{learned['all']:,} requests, {f'{minutes:g} minutes' if minutes else 'all epochs'}"
+    asked, learned = rows[0]["requests"], rows[0]["learned_from"]
+    budget = f"{learned['all']:,} requests, {rows[0]['settings']['train']['epochs']} epochs"
     yield _table(f"Crossing layers; {budget}", rows, CROSSING, {
         "GAUC": lambda row: row["test"]["all"]["gauc"],
         "NDCG@10": lambda row: row["test"]["all"]["ndcg@10"],

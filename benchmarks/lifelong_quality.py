@@ -272,12 +272,12 @@ def _table(
     return found
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """mean ± standard deviation over seeds."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.4f}".removeprefix("0")
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.{digits}f}".removeprefix("0")
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def beside(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Which multi-task loss on Complete Journey: in the next basket, within 30 days, two or more at once?
 
     python benchmarks/multitask.py --out runs/multitask.jsonl [--methods single equal pcgrad …]
-           [--heads bottom mmoe] [--seeds 0 1 2] [--minutes 5] [--threads 2] [--set train.lr=0.002]
+           [--heads bottom mmoe] [--seeds 0 1 2] [--learn 10000] [--threads 2] [--set train.epochs=1]
 
 The same network, requests and training for all: what the user bought lately is read by attention, and over the
 shared MLP (`bottom`), or four of them (`mmoe`), each task has a tower. `single` trains a network a task. Weights are
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lifelong_quality import first, rows_of, save, spread
 from machine import machine, machine_line
 from rich import box
 from rich.console import Console
@@ -53,11 +54,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["bottom"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--minutes", type=float, help="of training a network at most; by default three epochs"
-    )
+    parser.add_argument("--learn", type=int, metavar="N", help="requests to learn from, the same for all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, help="cut each split to so many requests, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     given = parser.parse_args()
@@ -65,9 +63,7 @@ def main() -> None:
     console = Console(width=170, highlight=False)
     if not given.only_table:
         changes = dict(setting.split("=", 1) for setting in given.settings)
-        if given.minutes:
-            changes["train.minutes"] = str(given.minutes)
-        run(given.out, given.methods, given.heads, given.seeds, changes, given.requests, console)
+        run(given.out, given.methods, given.heads, given.seeds, changes, given.learn, console)
     console.print(table(rows_of(given.out)))
 
 
@@ -86,7 +82,8 @@ def run(
     """All rows that `out` lacks, seed by seed, so that a run cut short still compares all methods."""
     console.print(machine_line())
     splits = known_in_time(complete_journey_task(seed=0, tasks=BASKET_TASKS, validation_weeks=8))
-    learn, validation, test = (first(split, requests) for split in splits)
+    splits[0] = first(splits[0], requests)
+    learn, validation, test = splits
     console.print(f"{len(learn):,} requests to learn from, {len(validation):,} to select on, "
                   f"{len(test):,} to test on")  # fmt: skip
     done = {row["key"] for row in rows_of(out)}
@@ -96,15 +93,11 @@ def run(
                 config = LifelongConfig(long="none", network=HEADS[shape])
                 config = override(config, changes | {"train.seed": str(seed)})
                 key = json.dumps([method, shape, seed, requests, asdict(config)], sort_keys=True)
-                if key in done:
-                    continue
-                row = {"key": key, "method": method, "heads": shape, "seed": seed, "machine": machine()}
-                row |= trained(method, config, learn, validation, test)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                found = ", ".join(f"{name} {row['test'][name]['gauc']:.4f}" for name in BASKET_TASKS)
-                console.print(f"{method}, {shape}, seed {seed}: {found} in {row['seconds']:.0f} s")
+                about = {"method": method, "heads": shape, "seed": seed, "machine": machine()}
+                row = save(out, done, key, lambda a=about, m=method, c=config: a | trained(m, c, *splits))
+                if row:
+                    found = ", ".join(f"{name} {row['test'][name]['gauc']:.4f}" for name in BASKET_TASKS)
+                    console.print(f"{method}, {shape}, seed {seed}: {found} in {row['seconds']:.0f} s")
 
 
 def known_in_time(splits: Sequence[Any]) -> list[RankingTask]:
@@ -122,13 +115,6 @@ def known_by(task: RankingTask, end: int) -> RankingTask:
     late = (task.time + MONTH > end)[task.owner]
     label[late, task.tasks.index(WITHIN_30_DAYS)] = np.nan
     return replace(task, label=label)
-
-
-def first(task: RankingTask, requests: int | None) -> RankingTask:
-    """A sample of a task, spread over it."""
-    if requests is None or requests >= len(task):
-        return task
-    return task.select(np.linspace(0, len(task) - 1, requests).astype(np.int64))
 
 
 def only(task: RankingTask, name: str) -> RankingTask:
@@ -156,12 +142,6 @@ def trained(
         found["passes"] = balance.passes
         found["weight"] = balance.weight
     return found
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    if not out.is_file():
-        return []
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 # -- table -----------------------------------------------------------------------------------------------
@@ -192,14 +172,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def delta(ours: dict[str, Any], single: dict[str, Any]) -> float:
     """Δm: the mean relative change of GAUC, in percent."""
     return statistics.fmean(100 * (ours[t]["gauc"] / single[t]["gauc"] - 1) for t in BASKET_TASKS)
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """mean ± standard deviation over seeds."""
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}".removeprefix("0")
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":
