@@ -4,6 +4,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,8 @@ def test_age_counts_later_moments_not_later_events():
 
 
 def test_recent_weighs_by_age_and_adds_repeats():
-    found = recent(Histories.of([[0, 1, 0, 2], [], [1]]), 3, last=3, decay=0.5).toarray()
+    start, item, weight = recent(Histories.of([[0, 1, 0, 2], [], [1]]), last=3, decay=0.5)
+    found = sp.csr_matrix((weight, item, start), shape=(3, 3)).toarray()
     np.testing.assert_allclose(found, [[0.5, 0.25, 1], [0, 0, 0], [0, 1, 0]])  # the first event is too old
 
 

@@ -1,12 +1,16 @@
 """Real servers, real bundles, a real LMDB. In this world raw ids are 0 … 59 of users and 0 … 39 of items."""
 
+import asyncio
 import json
 import os
+import pickle
 import re
 import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import pytest
@@ -20,7 +24,7 @@ from tiglon.serving.engine import Engine
 from tiglon.serving.messages import RecommendRequest
 from tiglon.serving.publish import publish
 from tiglon.serving.security import add_key
-from tiglon.serving.server import serve
+from tiglon.serving.server import free_port, serve
 from tiglon.serving.state import LmdbState
 
 # -- answers ---------------------------------------------------------------------------------------------------
@@ -415,6 +419,51 @@ def test_a_store_that_is_down_is_said_and_comes_back(bundle_path, working, tmp_p
 def test_settings_that_cannot_be(wrong, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Settings(**wrong)
+
+
+# -- the port ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers share one socket")
+def test_workers_share_a_port_and_each_gets_connections():
+    with ExitStack() as opened:
+        port = opened.enter_context(free_port("127.0.0.1", 0))
+        address = port.getsockname()
+        workers = [opened.enter_context(pickle.loads(pickle.dumps(port))) for _ in range(2)]
+        for worker in workers:
+            worker.listen()
+            worker.setblocking(False)
+        for _ in range(64):
+            opened.enter_context(socket.create_connection(address, timeout=10))
+        found = [0, 0]
+        for n, worker in enumerate(workers):
+            with suppress(BlockingIOError):
+                while True:
+                    opened.enter_context(worker.accept()[0])
+                    found[n] += 1
+        assert sum(found) == 64
+        assert min(found) > 5  # by a hash: about half each
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{address[1]}: Address already in use.*--port"):
+            free_port(*address)
+
+
+def test_an_answer_in_two_parts_does_not_wait_for_the_client():
+    async def accepted():
+        connection = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport):
+                connection.set_result(transport.get_extra_info("socket"))
+
+        with free_port("127.0.0.1", 0) as port:
+            server = await asyncio.get_running_loop().create_server(Protocol, sock=port)
+            async with server:
+                _, writer = await asyncio.open_connection(*port.getsockname())
+                nodelay = (await connection).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+                return nodelay
+
+    assert asyncio.run(accepted())
 
 
 # -- bundles that change, workers, restarts ----------------------------------------------------------------------

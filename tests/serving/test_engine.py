@@ -16,9 +16,10 @@ from tiglon.errors import ConfigError, DataError, SchemaError, StorageError, Unk
 from tiglon.evaluation.protocol import evaluate
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.recipes import ranking_schema
+from tiglon.retrieval.neighbours import CatalogueScorer
 from tiglon.serving.bundle import Bundle, require_same_log
 from tiglon.serving.engine import Engine
-from tiglon.serving.funnel import weigh
+from tiglon.serving.funnel import gather, weigh
 from tiglon.serving.lifelong import Lifelong
 from tiglon.serving.messages import (
     EventsRequest,
@@ -208,6 +209,26 @@ def test_what_does_not_fit_into_the_budget_is_left_out_and_said(bundle):
     assert len(hurried.items) == 10
     assert engine.pace["tiger"] < 100  # so that it is tried again one day
     assert ask(engine, user_id=3).degraded == []  # no budget, no haste
+
+
+def test_of_those_with_a_budget_only_the_hurried_share_the_work(bundle, monkeypatch):
+    engine, asked = Engine(bundle), []
+
+    def counted(retrievers, lives, *rest, **rules):
+        asked.append(len(lives))
+        return gather(retrievers, lives, *rest, **rules)
+
+    monkeypatch.setattr("tiglon.serving.engine.gather", counted)
+    slow = [r.name for r in engine._catalogue.funnels[True].retrievers if not isinstance(r, CatalogueScorer)]
+    engine.pace = dict.fromkeys(slow, 10.0)
+    budgets = [50, 60_000, 40, None, 60_000]
+    requests = [RecommendRequest(user_id=n, k=5, budget_ms=budget) for n, budget in enumerate(budgets)]
+    answers = engine.recommend_many(requests)
+    assert sorted(asked) == [1, 1, 1, 2]
+    hurried = [f"{name} skipped: time budget" for name in slow]
+    assert [answer.degraded for answer in answers] == [hurried, [], hurried, [], []]
+    engine.pace = dict.fromkeys(slow, 10.0)
+    assert [ids(answer) for answer in answers] == [ids(engine.recommend(request)) for request in requests]
 
 
 def test_stages_are_told(bundle):

@@ -101,6 +101,15 @@ class CatalogueScorer(Retriever):
 
     counts: np.ndarray  # (N,) events in training
 
+    @property
+    def _popularity(self) -> np.ndarray:
+        """(N,) float32: the counts, 0 … 1."""
+        if self._shares is None or self._shares[0] is not self.counts:
+            self._shares = self.counts, (self.counts / max(self.counts.max(initial=0), 1)).astype(np.float32)
+        return self._shares[1]
+
+    _shares: tuple[np.ndarray, np.ndarray] | None = None  # the counts, and what was made of them
+
     def fit(self, interactions: Interactions, items: Items) -> Self:
         """Learn from the training events alone; `interactions` also becomes the `log` that users are read from.
 
@@ -132,10 +141,7 @@ class CatalogueScorer(Retriever):
     def or_popularity(self, evidence: np.ndarray) -> np.ndarray:
         """Evidence (B, N) as scores: popularity stands where there is none."""
         silent = evidence.max(axis=1, initial=0) <= 0
-        if not silent.any():
-            return evidence
-        popular = (self.counts / max(self.counts.max(initial=0), 1)).astype(np.float32)
-        return np.where(silent[:, None], popular, evidence)
+        return np.where(silent[:, None], self._popularity, evidence) if silent.any() else evidence
 
     def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
         """The k best items for each history; the items of a row are those of the user alone."""
@@ -234,8 +240,11 @@ class Repeats(CatalogueScorer):
         self.config = config or RepeatsConfig()
 
     def _evidence(self, histories: Histories) -> np.ndarray:
-        own = _scaled(recent(histories, len(self.items), self.config.last, self.config.decay).toarray())
-        popular = (self.counts / (1 + self.counts.max(initial=0))).astype(np.float32)
+        own = np.zeros((len(histories), len(self.items)), np.float32)
+        _add(*recent(histories, self.config.last, self.config.decay), own)
+        own = _scaled(own)
+        top = self.counts.max(initial=0)
+        popular = self._popularity * np.float32(top / (1 + top))
         return np.where(own > 0, 1 + own, popular) / 2
 
     def _settings(self) -> dict[str, Any]:
@@ -281,8 +290,10 @@ class TextNeighbours(Neighbours):
         self.items_of_term = weights.T.tocsr()  # (V, N)
 
     def _evidence(self, histories: Histories) -> np.ndarray:
-        profile = recent(histories, len(self.items), self.config.last, self.config.decay) @ self.weights
-        return _scaled(_product(profile, self.items_of_term))
+        out = np.zeros((len(histories), len(self.items)), np.float32)
+        weights = recent(histories, self.config.last, self.config.decay)
+        _add_through(*weights, _rows(self.weights), _rows(self.items_of_term), self.weights.shape[1], out)
+        return _scaled(out)
 
     def _settings(self) -> dict[str, Any]:
         return asdict(self.config)
@@ -310,8 +321,9 @@ class CoOccurrence(Neighbours):
         self.together = co_occurrence(interactions, self.config)  # (N, N) sparse
 
     def _evidence(self, histories: Histories) -> np.ndarray:
-        weights = recent(histories, len(self.items), self.config.last, self.config.decay)
-        return _scaled(_product(weights, self.together))
+        out = np.zeros((len(histories), len(self.items)), np.float32)
+        _add_rows(*recent(histories, self.config.last, self.config.decay), _rows(self.together), out)
+        return _scaled(out)
 
     def _settings(self) -> dict[str, Any]:
         return asdict(self.config)
@@ -365,14 +377,21 @@ class NeighbourSum(Neighbours):
 # -- history -----------------------------------------------------------------------------------------------
 
 
-def recent(histories: Histories, n_items: int, last: int, decay: float) -> sp.csr_matrix:
-    """(B, N) float32: decay^age of each user's events of an item in the `last` moments; several of one item
-    are entries of their own, which whoever reads the matrix adds up."""
+class Weights(NamedTuple):
+    """What each of B users did: rows start[b]:start[b+1] are user b's, several of one item among them."""
+
+    start: np.ndarray  # (B+1,)
+    item: np.ndarray  # (T,)
+    weight: np.ndarray  # (T,) float32
+
+
+def recent(histories: Histories, last: int, decay: float) -> Weights:
+    """decay^age of each user's events in the `last` moments."""
     age = histories.moments_ago
     keep = age < last
     weight = (decay ** age[keep]).astype(np.float32)
     start = np.concatenate([[0], np.cumsum(keep)])[histories.offsets]
-    return sp.csr_matrix((weight, histories.item[keep], start), shape=(len(histories), n_items))
+    return Weights(start, histories.item[keep], weight)
 
 
 # -- text --------------------------------------------------------------------------------------------------
@@ -511,28 +530,62 @@ def _strongest(
 # -- sparse arithmetic -------------------------------------------------------------------------------------
 
 
-def _product(a: sp.csr_matrix, b: sp.csr_matrix) -> np.ndarray:
-    """a @ b, both sparse, as a dense float32 array: three times as fast as through a sparse product."""
-    out = np.zeros((a.shape[0], b.shape[1]), np.float32)
-    _add_rows(a.indptr, a.indices, a.data, b.indptr, b.indices, b.data, out)
-    return out
+class _Rows(NamedTuple):
+    """A sparse matrix as the kernels below read it."""
+
+    start: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+
+
+def _rows(matrix: sp.csr_matrix) -> _Rows:
+    return _Rows(matrix.indptr, matrix.indices, matrix.data)
+
+
+@njit(cache=True, nogil=True)
+def _add(start: np.ndarray, item: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """out[b, item] += weight, of each of user b's events."""
+    for row in range(len(out)):
+        for p in range(start[row], start[row + 1]):
+            out[row, item[p]] += weight[p]
 
 
 @njit(cache=True, nogil=True)
 def _add_rows(
-    a_start: np.ndarray,
-    a_index: np.ndarray,
-    a_value: np.ndarray,
-    b_start: np.ndarray,
-    b_index: np.ndarray,
-    b_value: np.ndarray,
+    start: np.ndarray, item: np.ndarray, weight: np.ndarray, matrix: _Rows, out: np.ndarray
+) -> None:
+    """out[b] += weight · matrix[item], of each of user b's events."""
+    for row in range(len(out)):
+        for p in range(start[row], start[row + 1]):
+            for q in range(matrix.start[item[p]], matrix.start[item[p] + 1]):
+                out[row, matrix.column[q]] += weight[p] * matrix.value[q]
+
+
+@njit(cache=True, nogil=True)
+def _add_through(
+    start: np.ndarray,
+    item: np.ndarray,
+    weight: np.ndarray,
+    first: _Rows,
+    then: _Rows,
+    width: int,
     out: np.ndarray,
 ) -> None:
+    """out[b] += weight · first[item] · then, of each of user b's events. width: columns of `first`."""
+    middle, touched = np.zeros(width, np.float32), np.empty(width, np.int64)
     for row in range(len(out)):
-        for p in range(a_start[row], a_start[row + 1]):
-            weight, inner = a_value[p], a_index[p]
-            for q in range(b_start[inner], b_start[inner + 1]):
-                out[row, b_index[q]] += weight * b_value[q]
+        n = 0
+        for p in range(start[row], start[row + 1]):
+            for q in range(first.start[item[p]], first.start[item[p] + 1]):
+                term = first.column[q]
+                if middle[term] == 0:
+                    touched[n] = term
+                    n += 1
+                middle[term] += weight[p] * first.value[q]
+        for term in touched[:n]:
+            for q in range(then.start[term], then.start[term + 1]):
+                out[row, then.column[q]] += middle[term] * then.value[q]
+            middle[term] = 0
 
 
 def _scaled(scores: np.ndarray) -> np.ndarray:

@@ -84,24 +84,37 @@ def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
     """
     users, n_items = scores.shape
     best = np.full((users, k), MISSING, np.int64)
+    block = max(
+        n_items // (4 * k), 1
+    )  # with four blocks for each place, hardly more than k items reach the bar
+    maxima = np.empty(-(-n_items // block), scores.dtype)
     for b in range(users):
         row, heap = scores[b], best[b]  # once k are found, a heap with the worst of them on top
+        for m in range(len(maxima)):
+            maxima[m] = row[m * block : (m + 1) * block].max()
         n, bar = 0, -np.inf
-        for i in range(n_items):
-            if row[i] < bar:
+        if len(maxima) > k:
+            bar = np.partition(maxima, len(maxima) - k)[
+                len(maxima) - k
+            ]  # k blocks have one item that reaches it
+        for m in range(len(maxima)):
+            if maxima[m] < bar:
                 continue
-            if n < k:
-                if row[i] > -np.inf:
-                    heap[n] = i
-                    n += 1
-                    if n == k:
-                        for at in range(k // 2 - 1, -1, -1):
-                            _sift(heap, at, row, order)
-                        bar = row[heap[0]]
-            elif _worse(heap[0], i, row, order):
-                heap[0] = i
-                _sift(heap, 0, row, order)
-                bar = row[heap[0]]
+            for i in range(m * block, min((m + 1) * block, n_items)):
+                if row[i] < bar:
+                    continue
+                if n < k:
+                    if row[i] > -np.inf:
+                        heap[n] = i
+                        n += 1
+                        if n == k:
+                            for at in range(k // 2 - 1, -1, -1):
+                                _sift(heap, at, row, order)
+                            bar = row[heap[0]]
+                elif _worse(heap[0], i, row, order):
+                    heap[0] = i
+                    _sift(heap, 0, row, order)
+                    bar = row[heap[0]]
     return best
 
 

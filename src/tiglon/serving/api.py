@@ -127,16 +127,16 @@ async def _watch(live: Live, keys: Keys | None, seconds: float, ended: asyncio.E
 # -- what routes are given ---------------------------------------------------------------------------------
 
 
-def _desk(request: Request) -> Desk:
+async def _desk(request: Request) -> Desk:  # async, as all of these: others are run in a thread
     return request.app.state.desk
 
 
-def _asking(request: Request) -> Asking:
+async def _asking(request: Request) -> Asking:
     return request.scope["tiglon"]
 
 
 def _may(scope: Scope) -> Any:
-    def check(asking: Annotated[Asking, Depends(_asking)]) -> None:
+    async def check(asking: Annotated[Asking, Depends(_asking)]) -> None:
         if asking.key is not None and scope not in asking.key.scopes:
             raise HTTPException(403, f"the key '{asking.key.name}', which may not {scope}")
 

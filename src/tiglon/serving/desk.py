@@ -2,7 +2,8 @@
 
 A worker answers `threads` requests at once and lets `waiting` more wait; others are refused, because a queue
 that grows serves nobody. What a request waited is taken off its budget. Recommendations that wait together are
-answered together, which costs each a fraction: nobody waits for company, but who waits has it.
+answered together, which costs each a fraction: nobody waits for company, but who waits has it. Those with a budget
+and those without stand in two lines, so that no network for one keeps the other waiting.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class Settings:
 TOGETHER = 16  # recommendations that are answered at once
 
 
+_Line = deque[tuple[RecommendRequest, Asking, Future[Message]]]
+
+
 class Overloaded(TiglonError):
     """More requests are inside than may wait."""
 
@@ -67,7 +71,7 @@ class Desk:
         self._pool = ThreadPoolExecutor(settings.threads, "tiglon")
         self._most = settings.threads + settings.waiting
         self._inside = 0
-        self._line: deque[tuple[RecommendRequest, Future[Message]]] = deque()
+        self._lines: dict[bool, _Line] = {True: deque(), False: deque()}  # with a budget, and without
 
     async def answer(self, asking: Asking, work: Callable[[Engine], Message]) -> Response:
         """The answer of the engine of this moment, and of no other. Raises Overloaded."""
@@ -76,29 +80,30 @@ class Desk:
 
     async def recommend(self, asking: Asking, asked: RecommendRequest) -> Response:
         """The same for a recommendation, beside others that wait."""
-        request = self.prepared(asked, asking)
-        if not shares_work(request) or self.settings.reranking:  # of some together, one would wait for each
-            return await self.answer(asking, lambda engine: engine.recommend(request))
+        if not shares_work(asked) or self.settings.reranking:  # of some together, one would wait for each
+            return await self.answer(asking, lambda engine: engine.recommend(self.prepared(asked, asking)))
+        line = self._lines[bool(asked.budget_ms or self.settings.budget_ms)]
         mine: Future[Message] = Future()
 
         def answered() -> Message:
-            self._answer_some()
+            self._answer_some(line)
             return mine.result()  # another thread may have taken it
 
-        self._line.append((request, mine))
+        line.append((asked, asking, mine))
         try:
             return await self._inside_bounds(asking, answered)
         except Overloaded:
             with suppress(ValueError):
-                self._line.remove((request, mine))
+                line.remove((asked, asking, mine))
             raise
 
-    def _answer_some(self) -> None:
+    def _answer_some(self, line: _Line) -> None:
         """Answer those who are first in line. There are as many calls of this as requests in it."""
         some: list[tuple[RecommendRequest, Future[Message]]] = []
         with suppress(IndexError):
             while len(some) < TOGETHER:
-                some.append(self._line.popleft())
+                asked, asking, its = line.popleft()
+                some.append((self.prepared(asked, asking), its))
         engine = self.live.engine
         if len(some) > 1:
             with suppress(Exception):  # of one of them; below each is told its own

@@ -18,7 +18,8 @@ whose vector is nearest in its place; and in an answer a new item stands right b
 ten at most, but at least one. TIGER writes the IDs of new items by itself.
 
 Time. With a budget, TIGER, the ranker and the language model are left out when what they usually take does not
-fit into what is left of it: the neighbours answer alone.
+fit into what is left of it: the neighbours answer alone. Requests that are asked together share the work, but
+never at the cost of one's budget: of those with a budget only such as have time for none of the slow steps.
 
 Threads. A request keeps the catalogue that it began with; a change makes the next one.
 """
@@ -148,21 +149,37 @@ class Engine:
         return self.recommend_many([request])[0]
 
     def recommend_many(self, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
-        """The same answers; requests without lists and budgets of their own share the work."""
+        """The same answers; requests without lists of their own share the work."""
         now = self._catalogue
         began = time.perf_counter()
         for request in requests:
             _require_columns(now, request.at_most)
         askings = [self._asking(now, request, began) for request in requests]
-        for group in _groups(requests):
-            self._find(now, [askings[i] for i in group], _hidden(now, requests[group[0]]))
+        for group in self._groups(now, askings):
+            self._find(now, group)
         return [self._answer(now, asking, request) for asking, request in zip(askings, requests, strict=True)]
 
-    def _find(self, now: Catalogue, askings: Sequence[_Asking], hidden: bool) -> None:
+    def _groups(self, now: Catalogue, askings: Sequence[_Asking]) -> list[list[_Asking]]:
+        """Those that can be answered by the same work."""
+        groups: dict[Any, list[_Asking]] = {}
+        for i, asking in enumerate(askings):
+            r = _recommend(asking)
+            together = shares_work(r) and (r.budget_ms is None or self._hurried(now, asking))
+            groups.setdefault((r.k, r.exclude_seen, r.budget_ms is None) if together else i, []).append(
+                asking
+            )
+        return list(groups.values())
+
+    def _hurried(self, now: Catalogue, asking: _Asking) -> bool:
+        """Whether the budget leaves no time for any slow stage."""
+        funnel, left = now.funnels[_hidden(now, _recommend(asking))], self._left(asking)
+        stages = [*_slow(funnel), *(["ranker"] if funnel.asks_ranker else [])]
+        return all(left < self.pace.get(stage, 0.0) for stage in stages)
+
+    def _find(self, now: Catalogue, askings: Sequence[_Asking]) -> None:
         """Candidates and their scores, for requests that share hidden items, lists and k."""
-        request = askings[0].request
-        assert isinstance(request, RecommendRequest)
-        allowed = _allowed(now, request)
+        request = _recommend(askings[0])
+        hidden, allowed = _hidden(now, request), _allowed(now, request)
         strange = [asking for asking in askings if asking.stranger]
         for some, stranger in ((strange, True), ([a for a in askings if not a.stranger], False)):
             if some:
@@ -174,7 +191,9 @@ class Engine:
     ) -> None:
         """Ask the retrievers for some lives at once; of strangers only popularity has anything to say."""
         funnel = now.funnels[hidden]
-        skip = {r.name for r in funnel.retrievers[1:]} if stranger else self._skipped(funnel, askings[0])
+        skip = {r.name for r in funnel.retrievers[1:]}
+        if not stranger:
+            skip = {name for name in _slow(funnel) if self._too_slow(name, askings)}
         lives = _together([asking.life for asking in askings])
         stand_in = now.stand_in if len(now) > now.trained else None
         pool = gather(
@@ -194,7 +213,7 @@ class Engine:
         score = pool.score[:, 0] if stranger else funnel.fusion.score(values)
         score = np.nan_to_num(score)
         self._spent("fusion", time.perf_counter() - began, len(askings))
-        if funnel.asks_ranker and not stranger and not self._too_slow("ranker", askings[0]):
+        if funnel.asks_ranker and not stranger and not self._too_slow("ranker", askings):
             began = time.perf_counter()
             score = funnel.reranked(pool, score, lives)
             self._spent("ranker", time.perf_counter() - began, len(askings))
@@ -203,15 +222,10 @@ class Engine:
             asking.pool, asking.features = pool.only(b), values[rows]
             asking.score = score[rows]
 
-    def _skipped(self, funnel: Funnel, asking: _Asking) -> set[str]:
-        """Retrievers that do not fit into the budget; those without training always do."""
-        slow = [r.name for r in funnel.retrievers if not isinstance(r, CatalogueScorer)]
-        return {name for name in slow if self._too_slow(name, asking)}
-
     def _rerank(self, now: Catalogue, asking: _Asking) -> None:
         """Give the scores of the first to the items in the order of the language model."""
         pool, stage, left = asking.pool, "language model", self._left(asking)
-        if self._reranker is None or pool is None or asking.stranger or self._too_slow(stage, asking):
+        if self._reranker is None or pool is None or asking.stranger or self._too_slow(stage, [asking]):
             return
         best = best_first(pool, asking.score)[:RERANKED]
         began = time.perf_counter()
@@ -230,13 +244,14 @@ class Engine:
             asking.moved = asking.score - before
         self._spent(stage, time.perf_counter() - began, 1)
 
-    def _too_slow(self, stage: str, asking: _Asking) -> bool:
+    def _too_slow(self, stage: str, askings: Sequence[_Asking]) -> bool:
         """Whether the budget leaves no time for a stage; if so, `degraded` says it."""
-        if self._left(asking) >= self.pace.get(stage, 0.0):
+        if min(self._left(asking) for asking in askings) >= self.pace.get(stage, 0.0):
             return False
-        if stage in self.pace:
-            self.pace[stage] *= FORGET  # a stage that was slow once is tried again
-        asking.degraded.append(f"{stage} skipped: time budget")
+        for asking in askings:
+            if stage in self.pace:
+                self.pace[stage] *= FORGET  # a stage that was slow once is tried again
+            asking.degraded.append(f"{stage} skipped: time budget")
         return True
 
     def _left(self, asking: _Asking) -> float:
@@ -678,15 +693,17 @@ def _allowed(now: Catalogue, request: RecommendRequest) -> np.ndarray | None:
 
 def shares_work(request: RecommendRequest) -> bool:
     """Whether it can be asked together with others of the same k and exclude_seen."""
-    return request.allow is None and not request.deny and not request.at_most and request.budget_ms is None
+    return request.allow is None and not request.deny and not request.at_most
 
 
-def _groups(requests: Sequence[RecommendRequest]) -> list[list[int]]:
-    """Places of the requests that can be asked together."""
-    groups: dict[Any, list[int]] = {}
-    for i, r in enumerate(requests):
-        groups.setdefault((r.k, r.exclude_seen) if shares_work(r) else i, []).append(i)
-    return list(groups.values())
+def _recommend(asking: _Asking) -> RecommendRequest:
+    assert isinstance(asking.request, RecommendRequest)
+    return asking.request
+
+
+def _slow(funnel: Funnel) -> list[str]:
+    """The retrievers that a budget may leave out: all but those without training."""
+    return [r.name for r in funnel.retrievers if not isinstance(r, CatalogueScorer)]
 
 
 def _together(lives: Sequence[Histories]) -> Histories:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.supervisors import Multiprocess
 
 from tiglon.errors import BundleDamagedError, ConfigError
 from tiglon.serving.api import create_app
 from tiglon.serving.bundle import is_bundle
 from tiglon.serving.desk import Settings
-from tiglon.serving.logs import write_json_lines
+from tiglon.serving.logs import log, write_json_lines
 from tiglon.serving.publish import bundle_folder
 from tiglon.serving.reranking import Reranking
 from tiglon.serving.security import Keys, require_keys_beyond_loopback
@@ -72,23 +75,70 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="tiglon-metrics-") as counters:
         if workers > 1:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters
-        uvicorn.run(
-            f"{__name__}:worker",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            log_config=None,
-            access_log=False,
-            http="h11",  # it bounds the headers
-            loop="asyncio",
-            ws="none",
-            lifespan="on",
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            timeout_worker_healthcheck=60,  # imports may take long on a busy machine
-        )
+        options: dict[str, Any] = {
+            "factory": True,
+            "log_config": None,
+            "access_log": False,
+            "http": "h11",  # it bounds the headers
+            "loop": "asyncio",
+            "ws": "none",
+            "lifespan": "on",
+            "proxy_headers": False,
+            "server_header": False,
+            "timeout_graceful_shutdown": DRAIN_SECONDS,
+            "timeout_worker_healthcheck": 60,  # imports may take long on a busy machine
+        }
+        if workers == 1:
+            uvicorn.run(f"{__name__}:worker", host=host, port=port, **options)
+        else:
+            shared = free_port(host, port)
+            name = f"[{host}]" if ":" in host else host
+            log.info("%d workers running on http://%s:%d", workers, name, shared.getsockname()[1])
+            config = uvicorn.Config(f"{__name__}:worker", workers=workers, **options)
+            Multiprocess(config, sockets=[shared]).run()
+
+
+class SharedPort(socket.socket):
+    """A socket that each process binds anew: sent to another one it goes as its address alone.
+
+    Linux gives each connection to one of the processes, by a hash. Of one socket for all, the process that wakes
+    first takes every connection that waits, and while those are kept alive the others have nothing to do.
+    """
+
+    @classmethod
+    def at(cls, family: int, address: Any) -> SharedPort:
+        port = cls(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port.bind(address)
+        return port
+
+    def __reduce__(self) -> Any:
+        return SharedPort.at, (self.family, self.getsockname())
+
+
+def free_port(host: str, port: int) -> socket.socket:
+    """A socket for several processes, on a port that nobody has; 0 takes any. Raises ConfigError.
+
+    Its protocol is said: where it is 0, as in a socket of uvicorn's, asyncio leaves Nagle's algorithm on, which
+    holds the second part of each answer back for 40 ms.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        alone = socket.socket(family, kind, socket.IPPROTO_TCP)
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(address)
+        if sys.platform != "linux":
+            return alone
+        with alone:
+            address = alone.getsockname()
+        return SharedPort.at(family, address)
+    except OSError as error:
+        raise ConfigError(
+            f"the address {host}:{port}: {error.strerror}",
+            rule="A server listens on an address of this machine, on a port that nobody else has",
+            fix="Choose another --port; 0 takes any",
+        ) from error
 
 
 def worker() -> FastAPI:
