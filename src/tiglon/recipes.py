@@ -119,7 +119,7 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
     """
     if events < 50_000:
         model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)
-        settings = TigerConfig(model, TrainConfig(epochs=30, lr=2e-3, average=0.99), batch_targets=512)
+        settings = TigerConfig(model, TrainConfig(epochs=16, lr=2e-3, average=0.99), batch_targets=512)
     else:
         epochs = min(15, max(2, 1_000_000 // events))  # a quarter of an hour of one core, whatever the size
         settings = TigerConfig(train=TrainConfig(epochs=epochs, evaluations=8))
