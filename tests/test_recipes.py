@@ -207,6 +207,53 @@ def test_a_table_without_words_gets_other_ids(world_tables, tiny, tmp_path, beha
     assert len(np.unique(bundle.tiger.ids.codes[:, :-1], axis=0)) > 10
 
 
+@pytest.mark.parametrize("worded", [True, False])
+def test_every_retriever_can_join_the_funnel_and_new_items_join_them(world_tables, tiny, tmp_path, worded):
+    names = ["mind", "comirec", "eager", "two_tower", "sasrec"]
+    small = {"mind.width": "8", "mind.hidden": "16", "comirec.width": "8", "eager.branches": "8"}
+    small |= {
+        f"eager.model.{name}": value for name, value in (("width", "8"), ("heads", "1"), ("hidden", "16"))
+    }
+    small |= {f"{name}.train.{key}": "1" for name in names for key in ("epochs", "evaluations")}
+    items = pl.read_parquet(world_tables / "items.parquet")
+    if not worded:
+        items, small = items.select("item_id"), small | {"ids.behaviour": "0"}
+    bundle = train(
+        world_tables / "interactions.parquet",
+        items,
+        tmp_path / "all",
+        changes=tiny | small | {"retrievers": ",".join(names)},
+    )
+    names[1] = "comirec sa"  # as it is made
+    assert list(bundle.others) == names
+    measured = [row["name"] for row in bundle.metrics["rows"]]
+    assert set(names) < set(measured)
+    assert measured[-1] == "funnel"
+    for found in Engine(bundle).recommend(RecommendRequest(user_id=1, explain=True)).items:
+        assert {"tiger", "sasrec"} <= {source.name for source in found.reasons.sources} | set(names)
+    new = items[:1].with_columns(item_id=pl.lit(777, items["item_id"].dtype))
+    grown = bundle.add_items(new)
+    there = [name for name, other in grown.others.items() if len(other.items) == len(grown.items)]
+    assert there == (names if worded else [])  # without words the others read its like
+    assert len(grown.recommend([1], k=5)[0]) == 5
+
+
+def test_retrievers_are_named_once_and_known(tiny):
+    assert override(tiger(), {"retrievers": ""}).retrievers == ()
+    assert override(tiger(), {"retrievers": "mind"}).retrievers == ("mind",)
+    with pytest.raises(ConfigError, match=r"no retriever named 'eagre'.*'eager'"):
+        override(tiger(), {"retrievers": "sasrec,eagre"})
+    with pytest.raises(ConfigError, match=r"retrievers=mind,mind\. Each is named once"):
+        override(tiger(), {"retrievers": "mind,mind"})
+
+
+def test_a_budget_is_shared_by_all_that_learn():
+    found = recipes._in_minutes(override(tiger(), {"retrievers": "sasrec,mind,eager"}), 20)
+    assert found.tiger.train.minutes == pytest.approx(14)
+    assert [getattr(found, name).train.minutes for name in found.retrievers] == pytest.approx([2, 2, 2])
+    assert recipes._in_minutes(override(tiger(), {"retrievers": ""}), 20).tiger.train.minutes == 20
+
+
 @pytest.mark.parametrize("tokenizer", ["lsh", "random", "rqvae"])
 def test_other_tokenizers_train_too(world_tables, tiny, tmp_path, tokenizer):
     changes = tiny | {"ids.tokenizer": tokenizer, "train.epochs": "1"}

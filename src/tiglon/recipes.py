@@ -2,7 +2,7 @@
 
 A recipe is a function of the data's size that returns frozen settings. `train` runs it:
 
-    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → SASRec → two towers → baselines
+    read → align → split → text vectors → tokenizer → semantic IDs → TIGER → the other networks → baselines
          → funnel → test → bundle
 
 A ranking recipe is the settings themselves; `train_ranker` runs it:
@@ -41,7 +41,7 @@ from tiglon.data.ranking import (
     RankingTask,
     next_basket,
 )
-from tiglon.data.split import leave_last_out, moment_starts
+from tiglon.data.split import Split, leave_last_out, moment_starts
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
 from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
@@ -49,6 +49,11 @@ from tiglon.evaluation.ranking import RankingEvaluation
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
 from tiglon.ranking.units import NONE, UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
+from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
+from tiglon.retrieval.dense import DenseRetriever
+from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_ids
+from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC
+from tiglon.retrieval.mind import Mind, MindConfig
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
 from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
@@ -66,7 +71,7 @@ from tiglon.serving.bundle import Bundle, ItemText, codes_of, is_bundle, require
 from tiglon.serving.funnel import FunnelConfig
 from tiglon.serving.publish import bundle_folder, publish
 from tiglon.train.loop import Progress, TrainConfig
-from tiglon.types import Interactions, Items
+from tiglon.types import Interactions, Items, Vocabulary
 
 # -- settings ----------------------------------------------------------------------------------------
 
@@ -100,10 +105,38 @@ class Recipe:
     text: ItemTextConfig = field(default_factory=ItemTextConfig)
     ids: IdsConfig = field(default_factory=IdsConfig)
     tiger: TigerConfig = field(default_factory=TigerConfig)
+    retrievers: tuple[str, ...] = (
+        "sasrec",
+        "two_tower",
+    )  # that learn beside TIGER; others: mind, comirec, eager
     sasrec: SasRecConfig = field(default_factory=SasRecConfig)
     two_tower: TwoTowerConfig = field(default_factory=TwoTowerConfig)
+    mind: MindConfig = field(default_factory=MindConfig)
+    comirec: ComiRecConfig = field(default_factory=ComiRecConfig)
+    eager: EagerConfig = field(default_factory=EagerConfig)
     funnel: FunnelConfig = field(default_factory=FunnelConfig)
     exclude_seen: bool | None = None  # never recommend what a user had; None: unless the log repeats itself
+
+    def __post_init__(self) -> None:
+        known = (*DENSE, "eager")
+        for name in self.retrievers:
+            if name not in known:
+                raise ConfigError(
+                    f"no retriever named '{name}'",
+                    rule=f"Beside TIGER and the baselines there are {', '.join(known)}",
+                    fix=did_you_mean(name, known),
+                )
+        if len(set(self.retrievers)) < len(self.retrievers):
+            raise ConfigError(f"retrievers={','.join(self.retrievers)}", rule="Each is named once")
+
+
+# Dense retrievers by name: a recipe, the items and their content → one that has learned nothing yet.
+DENSE: dict[str, Callable[[Recipe, Vocabulary, np.ndarray | None], DenseRetriever]] = {
+    "sasrec": lambda recipe, items, content: SasRec(items, recipe.sasrec, content),
+    "two_tower": lambda recipe, items, content: TwoTower(items, recipe.two_tower, content),
+    "mind": lambda recipe, items, content: Mind(items, recipe.mind, content),
+    "comirec": lambda recipe, items, content: ComiRec(items, recipe.comirec, content),
+}
 
 
 RecipeFunction = Callable[[int, int], Recipe]
@@ -127,26 +160,41 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
         "tiger",
         ids=IdsConfig(codes=256 if items > 2_000 else 64),
         tiger=settings,
-        sasrec=_sasrec(events, items),
-        two_tower=_two_tower(events),
+        **_others(events, items),
     )
 
 
-def _sasrec(events: int, items: int) -> SasRecConfig:
-    """A few minutes of one core: an epoch costs the events times the catalogue, and what a state costs."""
+def _others(events: int, items: int) -> dict[str, Any]:
+    """Settings of all that may learn beside TIGER, each for a few minutes of one core.
+
+    An epoch of SASRec costs the events times the catalogue, and what a state costs; that of the others the events.
+    """
+    small = events < 50_000
     epochs = 1.2e10 / (max(events, 1) * (items + 5_000))
-    training = TrainConfig(
+    sasrec = TrainConfig(
         epochs=int(min(20, max(1, epochs))), minutes=None if epochs > 0.5 else 5.0, evaluations=4
     )
-    small = SasRecConfig(width=64, heads=2, hidden=256, train=training)
-    return small if events < 50_000 else SasRecConfig(train=training)
-
-
-def _two_tower(events: int) -> TwoTowerConfig:
-    """A few minutes of one core, whatever the catalogue: its negatives are those of the batch."""
-    training = TrainConfig(epochs=min(10, max(1, 600_000 // max(events, 1))), evaluations=4)
-    small = TwoTowerConfig(width=64, hidden=256, train=training)
-    return small if events < 50_000 else TwoTowerConfig(train=replace(training, minutes=5.0))
+    epochs = min(10, max(1, 600_000 // max(events, 1)))
+    training = TrainConfig(epochs=epochs, evaluations=4, minutes=None if small else 5.0)
+    if not small:
+        return {
+            "sasrec": SasRecConfig(train=sasrec),
+            "two_tower": TwoTowerConfig(train=training),
+            "mind": MindConfig(train=training),
+            "comirec": ComiRecConfig(train=training),
+            "eager": EagerConfig(train=training),
+        }
+    return {
+        "sasrec": SasRecConfig(width=64, heads=2, hidden=256, train=sasrec),
+        "two_tower": TwoTowerConfig(width=64, hidden=256, train=training),
+        "mind": MindConfig(width=64, hidden=256, train=training),
+        "comirec": ComiRecConfig(width=64, train=training),
+        "eager": EagerConfig(
+            CausalConfig(width=64, heads=2, hidden=256, encoder_layers=1, decoder_layers=1, pairs=0),
+            replace(training, lr=2e-3),
+            branches=64,
+        ),
+    }
 
 
 def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
@@ -166,8 +214,7 @@ def tiger_paper(events: int = 150_000, items: int = 12_000) -> Recipe:
         "tiger_paper",
         ids=IdsConfig(tokenizer="rqvae", behaviour=0.0),
         tiger=settings,
-        sasrec=_sasrec(events, items),
-        two_tower=_two_tower(events),
+        **_others(events, items),
         exclude_seen=False,
     )
 
@@ -239,6 +286,7 @@ def _parsed(text: str, kind: Any, key: str) -> Any:
         if typing.get_origin(kind) is tuple:
             inner, parts = typing.get_args(kind), text.split(",")
             if inner[-1] is Ellipsis:
+                parts = parts if text else []
                 inner = inner[:1] * len(parts)
             return tuple(t(part) for t, part in zip(inner, parts, strict=True))
     except (ValueError, KeyError) as error:
@@ -358,8 +406,8 @@ def train(
 ) -> Bundle:
     """Two tables → a bundle at `out`, evaluated on the last moment of each user.
 
-    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top); a fifth
-    of them are SASRec's.   changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
+    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top); seven tenths
+    of them are TIGER's.   changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
     Weights are selected on the moment before the last; the test is read once, at the end.
     Raises DataError, ConfigError, StorageError; nothing half-written is left at `out`.
     """
@@ -375,9 +423,7 @@ def train(
         )
     settings = override(recipe(len(split.train), len(catalogue)), changes or {})
     if minutes is not None:
-        parts = {"train": 0.7, "sasrec.train": 0.15, "two_tower.train": 0.15}
-        shares = {f"{part}.minutes": f"{share * minutes}" for part, share in parts.items()}
-        settings = override(settings, shares)
+        settings = _in_minutes(settings, minutes)
     settings = _mask_rule(settings, log, reporter)
     reporter.say(
         f"{len(split.train):,} events to learn from, {len(split.test):,} users to test on"
@@ -394,15 +440,16 @@ def train(
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
     content = None if text.silent and text.behaviour is None else vectors
     others: dict[str, Retriever] = {}
-    for dense in (
-        SasRec(catalogue.vocabulary, settings.sasrec, content),
-        TwoTower(catalogue.vocabulary, settings.two_tower, content),
-    ):
+    for name in settings.retrievers:
+        (work / name).mkdir(exist_ok=True)
+        if name == "eager":
+            others[name] = _eager(settings, split, catalogue.vocabulary, content, work / name, reporter)
+            continue
+        dense = DENSE[name](settings, catalogue.vocabulary, content)
         count = sum(p.numel() for p in dense.network.parameters())
-        reporter.say(f"{dense.name} with {count / 1e6:.1f} M parameters")
-        (work / dense.name).mkdir(exist_ok=True)
+        reporter.say(f"{name} with {count / 1e6:.1f} M parameters")
         others[dense.name] = dense.fit(
-            split.train, split.validation, directory=work / dense.name, report=_bar(reporter)
+            split.train, split.validation, directory=work / name, report=_bar(reporter)
         )
 
     reporter.say("Fitting the retrievers without training …")
@@ -434,6 +481,48 @@ def train(
     bundle.save(out)
     shutil.rmtree(work, ignore_errors=True)
     return Bundle.load(out)
+
+
+def _in_minutes(settings: Recipe, minutes: float) -> Recipe:
+    """The recipe with all training in so many minutes: seven tenths are TIGER's, the others share the rest."""
+    share = 0.3 / max(len(settings.retrievers), 1)
+    changes = {"train.minutes": f"{minutes * (0.7 if settings.retrievers else 1.0)}"}
+    for name in settings.retrievers:
+        changes[f"{name}.train.minutes"] = f"{share * minutes}"
+    return override(settings, changes)
+
+
+def _eager(
+    settings: Recipe,
+    split: Split,
+    items: Vocabulary,
+    content: np.ndarray | None,
+    work: Path,
+    reporter: Reporter,
+) -> Eager:
+    """EAGER on behaviour vectors of its own, learned in a fifth of its minutes, and on the item vectors if any."""
+    c = settings.eager
+    training = c.train
+    if training.minutes is not None:
+        c = replace(c, train=replace(training, minutes=0.8 * training.minutes))
+        training = replace(training, minutes=0.2 * training.minutes)
+    reporter.say("Item vectors of behaviour, for eager")
+    (work / "behaviour").mkdir(exist_ok=True)
+    behaviour = behaviour_vectors(
+        split.train,
+        replace(settings.sasrec, train=training),
+        directory=work / "behaviour",
+        report=_bar(reporter),
+    )
+    vectors = {BEHAVIOUR: behaviour}
+    if content is None:
+        c = replace(c, streams=(BEHAVIOUR,))
+    else:
+        vectors[SEMANTIC] = content
+    model = Eager(eager_ids(vectors, items, c), items, c, vectors)
+    count = sum(p.numel() for p in model.network.parameters())
+    reporter.say(f"eager with {count / 1e6:.1f} M parameters")
+    return model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
 
 
 def train_ranker(

@@ -55,6 +55,7 @@ from tiglon.evaluation.protocol import Evaluation, evaluate, to_json
 from tiglon.ranking.model import LifelongRanker
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.comirec import ComiRec
+from tiglon.retrieval.eager import Eager
 from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -78,6 +79,7 @@ FORMAT = 1
 # Retrievers beside TIGER and the baselines: the class that retriever.json names → who reads the folder.
 READERS: dict[str, Callable[[Path], Retriever]] = {
     "ComiRec": ComiRec.load,
+    "Eager": Eager.load,
     "Mind": Mind.load,
     "SasRec": SasRec.load,
     "TwoTower": TwoTower.load,
@@ -519,7 +521,10 @@ def _joined(retriever: Retriever, items: Vocabulary, vectors: np.ndarray) -> Ret
         return retriever
     shared = (retriever.log, retriever.items)  # never changed; all else is copied, for requests still read it
     grown = copy.deepcopy(retriever, {id(part): part for part in shared})
-    grown.add_items(items, vectors)
+    try:
+        grown.add_items(items, vectors)
+    except ConfigError:  # it knows items by their ids alone
+        return retriever
     return grown
 
 
