@@ -1,0 +1,151 @@
+"""The one table: every retriever, and the funnel of all, trained and measured alike.
+
+    python benchmarks/retrievers.py DATA/amazon2014-beauty [FOLDER …] complete-journey --out runs/retrievers
+           [--minutes 60] [--seeds 0 1 2] [--threads 2] [--set retrievers=sasrec,mind] [--only-table]
+
+FOLDER holds interactions.parquet and items.parquet. Each run is `tiglon train` with all networks: TIGER has seven
+tenths of the minutes, the others the rest in equal parts; weights, and the funnel's, are selected on the validation.
+The test is read once, seen items masked and not. Two towers without logQ are `benchmarks/dense.py`, EAGER without
+either of its tasks `benchmarks/eager.py`.
+
+Bundles and result.json go to --out, a folder a run; a run that has its result is not made again, and one that was
+killed goes on. Prints, mean ± standard deviation over seeds: Recall and NDCG at 5, 10, 20, coverage, recall of popular
+and of rare items, minutes of training and megabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lifelong_quality import spread
+from machine import machine, machine_line
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tiglon.data.sources import tables
+from tiglon.demo import groceries
+from tiglon.evaluation.protocol import to_json
+from tiglon.recipes import DENSE, Reporter, train
+from tiglon.serving.bundle import Bundle, is_bundle
+
+ALL = ",".join((*DENSE, "eager"))
+JOURNEY = "complete-journey"
+METRICS = (
+    *(f"{metric}@{k}" for k in (5, 10, 20) for metric in ("recall", "ndcg")),
+    "coverage@10",
+    "recall@10[head]",
+    "recall@10[tail]",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="+", metavar=f"FOLDER|{JOURNEY}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of training, of all together")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--only-table", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    console = Console(width=170, highlight=False)
+    console.print(machine_line())
+    changes = {"retrievers": ALL} | dict(setting.split("=", 1) for setting in given.settings)
+    for data in given.data:
+        name = Path(data).name
+        for seed in given.seeds:
+            folder = given.out / f"{name}-{seed}"
+            if not given.only_table and not (folder / "result.json").is_file():
+                run(data, folder, given.minutes, changes | seeds(changes, seed), console)
+        for mode in ("masked", "unmasked"):
+            console.print(table(name, mode, results(given.out, name)))
+
+
+def seeds(changes: dict[str, str], seed: int) -> dict[str, str]:
+    networks = ["ids", "train", *(f"{name}.train" for name in changes["retrievers"].split(","))]
+    return {f"{network}.seed": str(seed) for network in networks}
+
+
+def run(data: str, folder: Path, minutes: float, changes: dict[str, str], console: Console) -> None:
+    """Train a bundle unless it is there, read the test, keep the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bundle"
+    if not is_bundle(path):
+        source = groceries(Reporter()) if data == JOURNEY else tables(Path(data))
+        train(
+            source.interactions,
+            source.items,
+            path,
+            minutes=minutes,
+            changes=changes,
+            reporter=Teller(console),
+        )
+    bundle = Bundle.load(path)
+    rows = {
+        mode: to_json(bundle.evaluate("test", exclude_seen=mode == "masked"), "test")
+        for mode in ("masked", "unmasked")
+    }
+    costs = {name: cost(bundle, name) for name in ("tiger", *bundle.others)}
+    result = {"machine": machine(), "minutes": minutes, "changes": changes, "costs": costs, **rows}
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def cost(bundle: Bundle, name: str) -> dict[str, float]:
+    """Minutes of training and megabytes on the disk."""
+    assert bundle.path is not None
+    folder = bundle.path / (name if name == "tiger" else f"retrievers/{name}")
+    settings = bundle.recipe[name.partition(" ")[0]]  # "comirec sa" is made by the settings of comirec
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"minutes": settings["train"]["minutes"], "megabytes": size / 1e6}
+
+
+class Teller(Reporter):
+    """Facts, and of training every tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.told = console, ("", -1)
+
+    def say(self, fact: str) -> None:
+        self.console.print(fact)
+
+    def share(self, task: str, share: float, note: str = "") -> None:
+        if (task, int(10 * share)) != self.told:
+            self.told = task, int(10 * share)
+            self.console.print(f"  {task} {share:4.0%} {note}")
+
+
+def results(out: Path, name: str) -> list[dict[str, Any]]:
+    found = sorted(out.glob(f"{name}-*/result.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def table(name: str, mode: str, runs: Sequence[dict[str, Any]]) -> Table:
+    title = f"{name}, test, seen items {'hidden' if mode == 'masked' else 'shown'}; {len(runs)} seeds"
+    found = Table(title=title, box=box.SIMPLE_HEAD)
+    found.add_column("retriever", no_wrap=True)
+    for column in (*(escape(metric) for metric in METRICS), "minutes", "MB"):
+        found.add_column(column, justify="right")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in runs:
+        for row in one[mode]["rows"]:
+            rows.setdefault(row["name"], []).append(row)
+    for retriever, some in rows.items():
+        values = [spread([row[metric] for row in some if row.get(metric) is not None]) for metric in METRICS]
+        costs = [one["costs"][retriever] for one in runs if retriever in one["costs"]]
+        spent = [f"{costs[0]['minutes']:.1f}", f"{costs[0]['megabytes']:.0f}"] if costs else ["", ""]
+        found.add_row(retriever, *values, *spent)
+    return found
+
+
+if __name__ == "__main__":
+    main()
