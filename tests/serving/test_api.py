@@ -447,6 +447,17 @@ def test_workers_share_a_port_and_each_gets_connections():
             free_port(*address)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_port_that_is_taken_is_refused(workers, bundle_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigError, match="Address already in use"),
+    ):
+        serve(bundle_path, port=taken.getsockname()[1], workers=workers)
+    with pytest.raises(ConfigError, match=r"the address 192\.0\.2\.1:0"):
+        free_port("192.0.2.1", 0)  # an address of no machine
+
+
 def test_an_answer_in_two_parts_does_not_wait_for_the_client():
     async def accepted():
         connection = asyncio.get_running_loop().create_future()

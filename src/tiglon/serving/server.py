@@ -48,7 +48,8 @@ def serve(
     source: a bundle, or a home whose CURRENT names one. port: 0 takes a free one, which the log tells.
     state: a folder, or redis://…; by default `state` in a home, and BUNDLE-state beside a bundle. The
     catalogue's changes are kept in that folder.
-    Raises ConfigError for a host that needs keys, or keys that cannot be read, BundleError for no bundle.
+    Raises ConfigError for a host that needs keys, keys that cannot be read, or a port that is taken, BundleError for
+    no bundle.
     """
     settings = settings or Settings()
     require_keys_beyond_loopback(host, settings.keys)
@@ -70,6 +71,7 @@ def serve(
     kept = beside if state is None or remote else Path(state)
     settings = replace(settings, changes=kept)
     about = {"source": str(source), "state": state if remote else str(kept), "settings": asdict(settings)}
+    shared = free_port(host, port)
     os.environ[_ENVIRONMENT] = json.dumps(about, default=str)
     write_json_lines()
     with tempfile.TemporaryDirectory(prefix="tiglon-metrics-") as counters:
@@ -89,9 +91,9 @@ def serve(
             "timeout_worker_healthcheck": 60,  # imports may take long on a busy machine
         }
         if workers == 1:
+            shared.close()  # it was to refuse a port that is taken before the bundle is read
             uvicorn.run(f"{__name__}:worker", host=host, port=port, **options)
         else:
-            shared = free_port(host, port)
             name = f"[{host}]" if ":" in host else host
             log.info("%d workers running on http://%s:%d", workers, name, shared.getsockname()[1])
             config = uvicorn.Config(f"{__name__}:worker", workers=workers, **options)
@@ -107,6 +109,7 @@ class SharedPort(socket.socket):
 
     @classmethod
     def at(cls, family: int, address: Any) -> SharedPort:
+        """One more on an address whose other sockets are of this kind, too. Raises OSError."""
         port = cls(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
