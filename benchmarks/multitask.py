@@ -12,7 +12,7 @@ has eight weeks, so that half of it keeps that label.
 
 Rows go to --out as they finish and are not run again; --only-table prints what is there. The table: mean ± standard
 deviation over seeds of each task's GAUC and AUC; Δm, the mean over tasks of the relative change of GAUC against
-`single` of the same heads and seed, in percent; parameters; ms a step of training, reading included, and its
+`single` of the same heads and seed, in percent; parameters; the least ms a step of training, reading included, and its
 backward passes through what is shared.
 """
 
@@ -163,7 +163,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             " / ".join(spread([row["test"][name][metric] for row in runs]) for metric in ("gauc", "auc"))
             for name in BASKET_TASKS
         ]
-        pace = statistics.fmean(1e3 * row["seconds"] / max(row["steps"], 1) for row in runs)
+        pace = min(1e3 * row["seconds"] / max(row["steps"], 1) for row in runs)
         found.add_row(method, heads, *per_task, spread(deltas, 2), f"{runs[0]['parameters']:,}",
                       f"{pace:.0f}", str(runs[0]["passes"]))  # fmt: skip
     return found
