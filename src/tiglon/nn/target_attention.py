@@ -97,14 +97,17 @@ class TargetAttention(nn.Module):
         key, bias, mask, size: (B, L, A, d), (B, A, L), (B, L), (B, L), or, each for itself, with K after B
         where candidates have their own.
         """
-        form = "bkad,blad->bkal" if key.dim() == 4 else "bkad,bklad->bkal"
-        alpha = torch.einsum(form, query_BKAd, key) * self.head_width**-0.5
-        alpha = alpha + (bias[:, None] if bias.dim() == 3 else bias)
+        # α is the largest tensor of a step: one product and one addition pass over it.
+        query_BKAd = query_BKAd * self.head_width**-0.5
+        bias = bias[:, None] if bias.dim() == 3 else bias
         if size is not None:
-            n = size.clamp(min=1).log()[..., None, :]
-            alpha = alpha + (n[:, None] if size.dim() == 2 else n)
-        hidden = ~mask[..., None, :]
-        return alpha.masked_fill(hidden[:, None] if mask.dim() == 2 else hidden, HIDDEN)
+            bias = bias + _for_heads(size.clamp(min=1).log())
+        bias = bias.masked_fill(~_for_heads(mask), HIDDEN)
+        if key.dim() == 4:
+            alpha = torch.einsum("bkad,blad->bakl", query_BKAd, key).transpose(1, 2)
+        else:
+            alpha = torch.einsum("bkad,bklad->bkal", query_BKAd, key)
+        return alpha.add_(bias)
 
     def logits(self, item_BKH: Tensor, past: Behaviours, inherent: Tensor, cross: Tensor) -> Tensor:
         """α, (B, K, A, L), of behaviours with these features, all projections live."""
@@ -125,7 +128,18 @@ class TargetAttention(nn.Module):
 
     def read(self, alpha: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`mix` with values (B, L, A, d), or with K after B."""
-        empty = (alpha == HIDDEN).all(dim=-1, keepdim=True)
-        weight = F.softmax(alpha.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+        L = alpha.shape[-1]
+        empty = alpha.detach().amax(dim=-1, keepdim=True) == HIDDEN if L else torch.zeros(1, dtype=torch.bool)
+        some = bool(empty.any())
+        if some:
+            alpha = alpha.masked_fill(empty, 0.0)
+        weight = F.softmax(alpha.transpose(1, 2), dim=-1).transpose(1, 2)
+        if some:
+            weight = weight.masked_fill(empty, 0.0)
         form = "bkal,blad->bkad" if value.dim() == 4 else "bkal,bklad->bkad"
         return self.out(torch.einsum(form, weight, value).flatten(-2)), weight
+
+
+def _for_heads(x: Tensor) -> Tensor:
+    """(B, L) or (B, K, L) → (B, 1 or K, 1, L)."""
+    return (x[:, None] if x.dim() == 2 else x)[..., None, :]
