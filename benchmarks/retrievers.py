@@ -10,7 +10,7 @@ either of its tasks `benchmarks/eager.py`.
 
 Bundles and result.json go to --out, a folder a run; a run that has its result is not made again, and one that was
 killed goes on. Prints, mean ± standard deviation over seeds: Recall and NDCG at 5, 10, 20, coverage, recall of popular
-and of rare items, minutes of training and megabytes.
+and of rare items, the minutes given to training and megabytes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def seeds(changes: dict[str, str], seed: int) -> dict[str, str]:
-    networks = ["ids", "train", *(f"{name}.train" for name in changes["retrievers"].split(","))]
+    networks = ["ids", "train", *(f"{name}.train" for name in changes["retrievers"].split(",") if name)]
     return {f"{network}.seed": str(seed) for network in networks}
 
 
@@ -101,7 +101,7 @@ def run(data: str, folder: Path, minutes: float, changes: dict[str, str], consol
 
 
 def cost(bundle: Bundle, name: str) -> dict[str, float]:
-    """Minutes of training and megabytes on the disk."""
+    """Minutes given to training and megabytes on the disk."""
     assert bundle.path is not None
     folder = bundle.path / (name if name == "tiger" else f"retrievers/{name}")
     settings = bundle.recipe[name.partition(" ")[0]]  # "comirec sa" is made by the settings of comirec
