@@ -1,12 +1,14 @@
-"""Items that arrive after training: seen and unseen recall, by the paper's rule and over the updated trie.
+"""Items that arrive after training: seen and unseen recall of every retriever that can have them.
 
     python benchmarks/cold_start.py DATA/amazon2014-beauty --out runs/cold [--minutes 20] [--share 0.05]
+           [--also sasrec,two_tower,mind,comirec,eager]
 
 After TIGER §4.3. 5% of the items are held out before everything: text encoder, tokenizer and network never meet
 them, and their events are taken from training, validation and every history. Afterwards they get IDs from
 the frozen tokenizer. A test user whose next item is one of them counts as unseen, every other as seen; each
 has one list. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
-trie" decodes them like all others. Text neighbours know the new items' texts too.
+trie" decodes them like all others. Text neighbours know the new items' texts too; networks of --also learn beside TIGER,
+and share the minutes with it as in `tiglon train`. Nothing is masked.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import numpy as np
 import polars as pl
 import torch
 from machine import machine, machine_line
+from retrievers import Teller
 from rich.console import Console
 from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of
 
 from tiglon.data.sources import tables
 from tiglon.evaluation.protocol import Retriever, evaluate
-from tiglon.recipes import make_tokenizer
+from tiglon.recipes import in_minutes, learn, make_tokenizer
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
 from tiglon.retrieval.tiger import Tiger
 from tiglon.serving.bundle import codes_of
@@ -38,6 +41,9 @@ KS = (10, 20)
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--share", type=float, default=0.05, help="of the items, held out")
+    parser.add_argument(
+        "--also", default="", metavar="NAMES", help="of sasrec, two_tower, mind, comirec, eager"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
@@ -69,20 +75,29 @@ def main() -> None:
         f"{len(split.train) - len(log):,} training events; {unseen.sum():,} of {len(test):,} test users want one"
     )
 
-    recipe = recipe_of(given.recipe, len(log), old, changes_of(given))
+    recipe = recipe_of(given.recipe, len(log), old, changes_of(given) | {"retrievers": given.also})
+    if given.minutes:
+        recipe = in_minutes(recipe, given.minutes)
     text, vectors = item_vectors(log, old, recipe)
     tokenizer = make_tokenizer(recipe.ids).fit(vectors)
     ids = identify(tokenizer, vectors, old)
     tiger = Tiger(ids, old.vocabulary, recipe.tiger, vectors=vectors)
     tiger.fit(log, validation, directory=given.out and given.out / "run", report=Printer(console))
+    others = [
+        learn(name, recipe, log, validation, vectors, given.out, Teller(console))
+        for name in recipe.retrievers
+    ]
 
     before = copy.copy(tiger)
     arrived = text.vectors(new)
     tiger.add_items(everything.vocabulary, codes_of(tokenizer, arrived, new.vocabulary), arrived)
+    for other in others:
+        other.add_items(everything.vocabulary, arrived)
     known = replace(log, items=everything.vocabulary)
     retrievers: list[Retriever] = [
         *(Rule(before, tiger, share) for share in SHARES),
         tiger,
+        *others,
         TextNeighbours().fit(known, everything),
         NeighbourSum().fit(known, everything),
         Popularity().fit(known, everything),

@@ -41,7 +41,7 @@ from tiglon.data.ranking import (
     RankingTask,
     next_basket,
 )
-from tiglon.data.split import Split, leave_last_out, moment_starts
+from tiglon.data.split import leave_last_out, moment_starts
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
 from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
@@ -55,7 +55,6 @@ from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC
 from tiglon.retrieval.mind import Mind, MindConfig
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats, TextConfig, text_template
-from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
@@ -71,7 +70,7 @@ from tiglon.serving.bundle import Bundle, ItemText, codes_of, is_bundle, require
 from tiglon.serving.funnel import FunnelConfig
 from tiglon.serving.publish import bundle_folder, publish
 from tiglon.train.loop import Progress, TrainConfig
-from tiglon.types import Interactions, Items, Vocabulary
+from tiglon.types import Interactions, Items, Targets, Vocabulary
 
 # -- settings ----------------------------------------------------------------------------------------
 
@@ -139,6 +138,8 @@ DENSE: dict[str, Callable[[Recipe, Vocabulary, np.ndarray | None], DenseRetrieve
 }
 
 
+MINUTES = {"tiger": 14, "eager": 14}  # parts of a time budget; every other network has 3
+
 RecipeFunction = Callable[[int, int], Recipe]
 
 
@@ -154,8 +155,7 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
         model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)
         settings = TigerConfig(model, TrainConfig(epochs=16, lr=2e-3, average=0.99), batch_targets=512)
     else:
-        epochs = min(15, max(2, 1_000_000 // events))  # a quarter of an hour of one core, whatever the size
-        settings = TigerConfig(train=TrainConfig(epochs=epochs, evaluations=8))
+        settings = TigerConfig(train=TrainConfig(epochs=_generative_epochs(events), evaluations=8))
     return Recipe(
         "tiger",
         ids=IdsConfig(codes=256 if items > 2_000 else 64),
@@ -164,8 +164,13 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
     )
 
 
+def _generative_epochs(events: int) -> int:
+    """So many that TIGER takes a quarter of an hour of one core, whatever the size."""
+    return min(15, max(2, 1_000_000 // events))
+
+
 def _others(events: int, items: int) -> dict[str, Any]:
-    """Settings of all that may learn beside TIGER, each for a few minutes of one core.
+    """Settings of all that may learn beside TIGER, each for a few minutes of one core, but EAGER, for as long as TIGER.
 
     An epoch of SASRec costs the events times the catalogue, and what a state costs; that of the others the events.
     """
@@ -182,7 +187,7 @@ def _others(events: int, items: int) -> dict[str, Any]:
             "two_tower": TwoTowerConfig(train=training),
             "mind": MindConfig(train=training),
             "comirec": ComiRecConfig(train=training),
-            "eager": EagerConfig(train=training),
+            "eager": EagerConfig(train=TrainConfig(epochs=_generative_epochs(events), evaluations=8)),
         }
     return {
         "sasrec": SasRecConfig(width=64, heads=2, hidden=256, train=sasrec),
@@ -406,8 +411,8 @@ def train(
 ) -> Bundle:
     """Two tables → a bundle at `out`, evaluated on the last moment of each user.
 
-    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top); seven tenths
-    of them are TIGER's.   changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
+    minutes: stop training, fully annealed, after so long (the evaluation and the rest come on top); networks
+    share them by `MINUTES`, TIGER has seven tenths of the default's.   changes: as in `override`.   overwrite: replace a bundle that stands at `out`.
     Weights are selected on the moment before the last; the test is read once, at the end.
     Raises DataError, ConfigError, StorageError; nothing half-written is left at `out`.
     """
@@ -423,7 +428,7 @@ def train(
         )
     settings = override(recipe(len(split.train), len(catalogue)), changes or {})
     if minutes is not None:
-        settings = _in_minutes(settings, minutes)
+        settings = in_minutes(settings, minutes)
     settings = _mask_rule(settings, log, reporter)
     reporter.say(
         f"{len(split.train):,} events to learn from, {len(split.test):,} users to test on"
@@ -439,18 +444,10 @@ def train(
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
     content = None if text.silent and text.behaviour is None else vectors
-    others: dict[str, Retriever] = {}
-    for name in settings.retrievers:
-        (work / name).mkdir(exist_ok=True)
-        if name == "eager":
-            others[name] = _eager(settings, split, catalogue.vocabulary, content, work / name, reporter)
-            continue
-        dense = DENSE[name](settings, catalogue.vocabulary, content)
-        count = sum(p.numel() for p in dense.network.parameters())
-        reporter.say(f"{name} with {count / 1e6:.1f} M parameters")
-        others[dense.name] = dense.fit(
-            split.train, split.validation, directory=work / name, report=_bar(reporter)
-        )
+    learned = [
+        learn(name, settings, split.train, split.validation, content, work, reporter)
+        for name in settings.retrievers
+    ]
 
     reporter.say("Fitting the retrievers without training …")
     config = TextConfig(template=settings.text.template or text_template(catalogue))
@@ -467,7 +464,7 @@ def train(
         exclude_seen=bool(settings.exclude_seen),
         recipe=asdict(settings),
         metrics={},
-        others=others,
+        others={retriever.name: retriever for retriever in learned},
     )
     reporter.say("Learning how to order what they find …")
     bundle = bundle.with_funnel(
@@ -483,46 +480,67 @@ def train(
     return Bundle.load(out)
 
 
-def _in_minutes(settings: Recipe, minutes: float) -> Recipe:
-    """The recipe with all training in so many minutes: seven tenths are TIGER's, the others share the rest."""
-    share = 0.3 / max(len(settings.retrievers), 1)
-    changes = {"train.minutes": f"{minutes * (0.7 if settings.retrievers else 1.0)}"}
-    for name in settings.retrievers:
-        changes[f"{name}.train.minutes"] = f"{share * minutes}"
+def in_minutes(settings: Recipe, minutes: float) -> Recipe:
+    """The recipe with all training in so many minutes, shared out by `MINUTES`."""
+    parts = {name: MINUTES.get(name, 3) for name in ("tiger", *settings.retrievers)}
+    changes = {f"{name}.train.minutes": f"{minutes * p / sum(parts.values())}" for name, p in parts.items()}
     return override(settings, changes)
+
+
+def learn(
+    name: str,
+    settings: Recipe,
+    training: Interactions,
+    validation: Targets,
+    content: np.ndarray | None,
+    work: Path | None = None,
+    reporter: Reporter | None = None,
+) -> DenseRetriever | Eager:
+    """One of the networks beside TIGER, trained as the recipe says.
+
+    content: (N, C) of the items, None for ids alone.   work: for checkpoints, a folder of its own in it.
+    """
+    reporter = reporter or Reporter()
+    directory = work and work / name
+    if directory:
+        directory.mkdir(parents=True, exist_ok=True)
+    model: DenseRetriever | Eager
+    if name == "eager":
+        model = _eager(settings, training, content, directory, reporter)
+    else:
+        model = DENSE[name](settings, training.items, content)
+    count = sum(p.numel() for p in model.network.parameters())
+    reporter.say(f"{name} with {count / 1e6:.1f} M parameters")
+    return model.fit(training, validation, directory=directory, report=_bar(reporter))
 
 
 def _eager(
     settings: Recipe,
-    split: Split,
-    items: Vocabulary,
+    training: Interactions,
     content: np.ndarray | None,
-    work: Path,
+    directory: Path | None,
     reporter: Reporter,
 ) -> Eager:
     """EAGER on behaviour vectors of its own, learned in a fifth of its minutes, and on the item vectors if any."""
     c = settings.eager
-    training = c.train
-    if training.minutes is not None:
-        c = replace(c, train=replace(training, minutes=0.8 * training.minutes))
-        training = replace(training, minutes=0.2 * training.minutes)
+    first = c.train
+    if first.minutes is not None:
+        c = replace(c, train=replace(first, minutes=0.8 * first.minutes))
+        first = replace(first, minutes=0.2 * first.minutes)
     reporter.say("Item vectors of behaviour, for eager")
-    (work / "behaviour").mkdir(exist_ok=True)
-    behaviour = behaviour_vectors(
-        split.train,
-        replace(settings.sasrec, train=training),
-        directory=work / "behaviour",
-        report=_bar(reporter),
-    )
-    vectors = {BEHAVIOUR: behaviour}
+    directory = directory and directory / "behaviour"
+    if directory:
+        directory.mkdir(exist_ok=True)
+    vectors = {
+        BEHAVIOUR: behaviour_vectors(
+            training, replace(settings.sasrec, train=first), directory=directory, report=_bar(reporter)
+        )
+    }
     if content is None:
         c = replace(c, streams=(BEHAVIOUR,))
     else:
         vectors[SEMANTIC] = content
-    model = Eager(eager_ids(vectors, items, c), items, c, vectors)
-    count = sum(p.numel() for p in model.network.parameters())
-    reporter.say(f"eager with {count / 1e6:.1f} M parameters")
-    return model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
+    return Eager(eager_ids(vectors, training.items, c), training.items, c, vectors)
 
 
 def train_ranker(

@@ -416,13 +416,14 @@ def min_norm(gram: np.ndarray) -> np.ndarray:
 
 # -- by name ---------------------------------------------------------------------------------------------------
 
-# tasks, steps of an epoch → method, with its paper's settings
+# tasks, steps of an epoch → method, with its paper's settings; rankers learn for an epoch or three, in which DWA would
+# hardly begin: for it an eighth of one counts as an epoch
 MakeMethod: TypeAlias = Callable[[Sequence[str], int], MultiTask]
 
 METHODS: dict[str, MakeMethod] = {
     "equal": lambda tasks, _: Equal(tasks),
     "uncertainty": lambda tasks, _: Uncertainty(tasks),
-    "dwa": lambda tasks, steps: DWA(tasks, steps),
+    "dwa": lambda tasks, steps: DWA(tasks, max(steps // 8, 1)),
     "gradnorm": lambda tasks, _: GradNorm(tasks),
     "mgda": lambda tasks, _: MGDA(tasks),
     "pe_ltr": lambda tasks, _: PELTR(dict.fromkeys(tasks, 0.3 / len(tasks))),
