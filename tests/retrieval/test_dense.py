@@ -3,6 +3,7 @@
 Shown on ComiRec (SA), which has every shared part; the contract test asks all of them.
 """
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -19,7 +20,7 @@ from tiglon.retrieval.dense import windows_of_events
 from tiglon.retrieval.index import FaissIndex
 from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.towers import HashedUsers, ItemTower, Past
-from tiglon.retrieval.windows import collate
+from tiglon.retrieval.windows import collate, padded_histories
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Histories, Interactions, Vocabulary
 
@@ -72,6 +73,70 @@ def test_scores_are_the_best_product_of_the_interests_there_are():
     np.testing.assert_allclose(scores[1], made.vectors() @ stranger.detach().numpy(), rtol=1e-4, atol=1e-5)
     best = made.retrieve(HISTORIES, N, exclude_seen=False)
     np.testing.assert_allclose(best.score, -np.sort(-scores, axis=1), rtol=1e-4, atol=1e-5)
+
+
+WEIGHT = torch.tensor([-0.3, 0.5, 0.1, -0.2, 0.4, 0.0])
+AGAIN = Histories(
+    np.array([0, 7, 7, 9]),
+    np.array([4, 4, 9, 4, 2, 9, 5, 8, 8]),
+    np.array([0, 1, 1, 2, 3, 3, 40, 5, 5]),
+)
+
+
+def repeating():
+    made = make()
+    made.network.repetition.weight.data.copy_(WEIGHT)
+    return made
+
+
+def offsets_by_hand():
+    """{(user, item): log of the sum of exp(w) over its times}, w by the bucket of how many moments ago."""
+    w = 10 * WEIGHT.double().numpy()
+    user_0 = {4: [w[2], w[1], w[1]], 9: [w[1], w[1]], 2: [w[1]], 5: [w[0]]}  # moments 0 1 1 2 3 3 4; now is 5
+    user_0[4], user_0[9] = [w[2], w[2], w[1]], [w[2], w[1]]  # 5, 4 and 3; 4 and 2 moments ago
+    known = {(0, item): np.log(np.sum(np.exp(times))) for item, times in user_0.items()}
+    return known | {(2, 8): w[0] + np.log(2)}
+
+
+def test_what_one_had_is_weighed_by_when():
+    owner, item, offset = repeating().network.repetition.of(AGAIN)
+    found = dict(zip(zip(owner.tolist(), item.tolist(), strict=True), offset, strict=True))
+    assert found == pytest.approx(offsets_by_hand(), rel=1e-5)
+    past = Past(*padded_histories(AGAIN), torch.full((3,), -1))
+    had = repeating().network.repetition(past)
+    for user in range(3):
+        there = had.first[user]
+        kept = dict(zip(had.item[user][there].tolist(), had.offset[user][there].tolist(), strict=True))
+        assert kept == pytest.approx({i: v for (u, i), v in offsets_by_hand().items() if u == user}, rel=1e-5)
+
+
+def test_answers_know_what_one_had():
+    made, plain = repeating(), make()
+    expected = plain.score(AGAIN)
+    for (user, item), offset in offsets_by_hand().items():
+        expected[user, item] += offset - np.log((AGAIN.item[AGAIN.owner == user] == item).sum())
+    np.testing.assert_allclose(made.score(AGAIN), expected, rtol=1e-4, atol=1e-4)
+    found = made.retrieve(AGAIN, 6, exclude_seen=False)
+    np.testing.assert_array_equal(found.item, np.argsort(-made.score(AGAIN), axis=1)[:, :6])
+    np.testing.assert_allclose(found.score, -np.sort(-expected, axis=1)[:, :6], rtol=1e-4, atol=1e-4)
+    deny = np.isin(np.arange(N), [4, 9])
+    assert not np.isin(made.retrieve(AGAIN, N, exclude_seen=False, deny=deny).item, [4, 9]).any()
+
+
+@pytest.mark.parametrize("drawn", [{}, {"whole": 0, "negatives": 64}], ids=["whole", "drawn"])
+def test_it_learns_whether_people_come_back(drawn):
+    """Of two worlds, whose items say nothing: what is had is never had again; every second event is the last one's item."""
+    rng = np.random.default_rng(0)
+    for again in (0.0, 0.5):
+        lives = np.array([rng.permutation(N)[:8] for _ in range(300)])
+        for at in range(1, 8):
+            repeat = rng.random(300) < again
+            lives[repeat, at] = lives[repeat, at - 1]
+        log = dataclasses.replace(circle(300), item=lives.ravel().astype(np.int32))
+        learned = make(None, **drawn).fit(log)
+        p = torch.from_numpy(learned.score(Histories.of(lives.tolist()))).softmax(dim=1).numpy()
+        last = p[np.arange(300), lives[:, -1]].mean()
+        assert last < 0.02 if again == 0 else last == pytest.approx(0.5, abs=0.1)
 
 
 def test_denied_items_are_left_out():

@@ -25,14 +25,18 @@ FAST = TrainConfig(epochs=2, lr=5e-3, evaluations=2, average=0.9, bfloat16=False
 TINY = SasRecConfig(width=16, heads=2, hidden=32, layers=2, dropout=0.1, distances=8, window=10, train=FAST)
 LIVES = [
     [(3, 0), (1, 1), (4, 2), (1, 3), (5, 4)],
-    [(9, 0), (2, 0), (6, 1), (5, 2), (3, 2), (8, 3)],
+    [(9, 0), (2, 0), (6, 1), (5, 2), (3, 2), (9, 3)],
     [(7, 0)],
 ]
 
 
 def sasrec(vectors=VECTORS, **changes):
     made = SasRec(ITEMS, SasRecConfig(**{**TINY.__dict__, **changes}), vectors)
-    torch.nn.init.normal_(made.network.bias.weight.data)  # at 0, where it begins, a wrong one would not show
+    for at_zero in (
+        made.network.bias.weight,
+        made.network.repetition.weight,
+    ):  # where a wrong one would not show
+        torch.nn.init.normal_(at_zero.data, std=0.3)
     return made
 
 

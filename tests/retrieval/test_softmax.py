@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiglon.errors import ConfigError
 from tiglon.retrieval.frequency import FrequencyEstimator
 from tiglon.retrieval.softmax import (
+    Had,
     Negatives,
     UnigramSampler,
     accidental_hits,
@@ -152,6 +153,47 @@ def test_with_every_item_once_it_is_the_whole_one():
         sampled_softmax(user, vectors[target], vectors, target, every),
         F.cross_entropy(user @ vectors.T, target, reduction="none"),
     )
+
+
+def what_they_had():
+    """Rows whose target is new, and old; that had an item twice; and nothing."""
+    item = torch.tensor([[7, 9, 7], [1, 8, 3], [2, 2, 2], [0, 0, 0], [5, 4, 0], [19, 5, 11]])
+    first = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    return Had(item, draw(T, 3, seed=5), first)
+
+
+def test_what_was_had_before_is_offset_once():
+    user, vectors, target, had = draw(T, D), draw(N, D, seed=1), torch.arange(T), what_they_had()
+    logits = user @ vectors.T
+    for t in range(T):
+        for item, offset, first in zip(had.item[t], had.offset[t], had.first[t], strict=True):
+            logits[t, item] += offset * first
+    expected = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(catalogue_softmax(user, vectors, target, had), expected)
+    every = Negatives(torch.arange(N), torch.zeros(N))
+    own, before = vectors[target], vectors[had.item]
+    found = sampled_softmax(user, own, vectors, target, every, had, before)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_was_had_is_not_estimated():
+    """Draws of it change nothing."""
+    user, vectors, target, had = draw(T, D), draw(N, D, seed=1), torch.arange(T), what_they_had()
+    row = slice(5, 6)
+    some = Had(*(x[row] for x in had))
+    given = user[row], vectors[target[row]]
+    found = [
+        sampled_softmax(
+            *given,
+            vectors[drawn],
+            target[row],
+            Negatives(drawn, torch.zeros(len(drawn))),
+            some,
+            vectors[some.item],
+        )
+        for drawn in (torch.tensor([1, 2]), torch.tensor([1, 19, 2, 11, 11]))
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_nothing_but_the_target_drawn_is_no_loss():

@@ -532,9 +532,8 @@ def test_methods_have_names():
     assert {*map(type, made)} == {type(method) for method in every_method()} - {Fixed}
     assert all(method.tasks == ABC for method in made)
     weighted = METHODS["dwa"](ABC, 80)
-    assert (
-        isinstance(weighted, DWA) and weighted.period == 10
-    )  # an epoch is enough for it to differ from equal
+    assert isinstance(weighted, DWA)
+    assert weighted.period == 10  # an epoch is enough for it to differ from equal
     METHODS["pe_ltr"](
         [f"task {n}" for n in range(20)], 7
     )  # bounds whose sum is below 1 for any number of tasks

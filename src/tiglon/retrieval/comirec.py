@@ -160,24 +160,27 @@ class ComiRec(DenseRetriever):
         if len(categories) != len(self.items):
             raise DataError(f"categories of {len(categories)} items for a catalogue of {len(self.items)}")
         item, score = [], []
-        vectors, index = self.vectors(), self._ready()[1]
+        _, vectors, index = self._ready()
         for start in range(0, max(len(histories), 1), 256):
             some = histories.take(slice(start, start + 256))
             interests, present = self.users(some)
             users, many, width = interests.shape
             each = np.repeat(np.arange(users), many)
-            seen = some.take(each) if exclude_seen else None
             lists = index.search(
                 interests.reshape(users * many, width),
                 k,
                 present=present.reshape(-1, 1),
-                seen=seen,
+                seen=some.take(each),
                 deny=deny,
             )
+            owner, had, had_fit = self._had(some, interests, present, deny)
             for b in range(users):
                 found = lists.item[b * many : (b + 1) * many]
                 union = np.unique(found[found != MISSING])
                 fit = (interests[b][present[b]] @ vectors[union].T).max(axis=0, initial=-np.inf)
+                if not exclude_seen:
+                    union = np.concatenate([union, had[owner == b]])
+                    fit = np.concatenate([fit, had_fit[owner == b]])
                 place, gain = aggregate(fit, categories[union], k, weight, tie_keys(union))
                 row = np.full(min(k, len(self.items)), MISSING, np.int64)
                 row[: len(place)] = union[place]

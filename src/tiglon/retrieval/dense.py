@@ -24,19 +24,19 @@ from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
-from tiglon.retrieval.index import ExactIndex, Index
+from tiglon.retrieval.index import ExactIndex, Index, merge
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.softmax import UnigramSampler
-from tiglon.retrieval.topk import require_dense
+from tiglon.retrieval.topk import require_dense, tie_order
 from tiglon.retrieval.towers import DenseNetwork, Past
 from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
 from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
 if TYPE_CHECKING:
     from typing import Self
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DenseRetriever(Retriever):
         self.items, self.config = items, config or self.Config()
         torch.manual_seed(self.config.train.seed)
         self.network = self._network(vectors).eval()
-        self._searched: tuple[torch.Tensor, Index] | None = None
+        self._searched: tuple[torch.Tensor, np.ndarray, Index] | None = None
 
     @abc.abstractmethod
     def _network(self, content: np.ndarray | int | None) -> DenseNetwork:
@@ -177,7 +177,11 @@ class DenseRetriever(Retriever):
         interests, present = self.users(histories)
         scores = interests @ self.vectors().T
         scores[~present] = -np.inf
-        return scores.max(axis=1)
+        best = scores.max(axis=1)
+        if self.network.repetition is not None:
+            owner, item, offset = self.network.repetition.of(histories)
+            best[owner, item] += offset
+        return best
 
     def retrieve(
         self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
@@ -188,11 +192,45 @@ class DenseRetriever(Retriever):
         for start in range(0, max(len(histories), 1), 256):
             some = histories.take(slice(start, start + 256))
             interests, present = self.users(some)
-            seen = some if exclude_seen else None
-            best = self._ready()[1].search(interests, k, present=present, seen=seen, deny=deny)
+            apart = exclude_seen or self.network.repetition is not None
+            seen = some if apart else None
+            best = self._ready()[2].search(interests, k, present=present, seen=seen, deny=deny)
+            if apart and not exclude_seen:
+                best = self._with_had(best, some, interests, present, deny)
             item.append(best.item)
             score.append(best.score)
         return Candidates(np.concatenate(item), np.concatenate(score), self.name)
+
+    def _with_had(
+        self,
+        found: Candidates,
+        histories: Histories,
+        interests: np.ndarray,
+        present: np.ndarray,
+        deny: np.ndarray | None,
+    ) -> Candidates:
+        """The best of what was found, which the user never had, and of what the user had."""
+        owner, had, fit = self._had(histories, interests, present, deny)
+        counts = np.bincount(owner, minlength=len(histories))
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        shape = len(histories), int(counts.max(initial=0))
+        item, score = np.full(shape, MISSING, np.int64), np.full(shape, -np.inf, np.float32)
+        item[owner, place], score[owner, place] = had, fit
+        both = np.concatenate([found.item, item], axis=1), np.concatenate([found.score, score], axis=1)
+        return Candidates(*merge(*both, found.item.shape[1], tie_order(len(self.items))), found.source)
+
+    def _had(
+        self, histories: Histories, interests: np.ndarray, present: np.ndarray, deny: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each user had and may get: owner (S,) ascending, item (S,), score (S,) float32."""
+        assert self.network.repetition is not None
+        owner, item, offset = self.network.repetition.of(histories)
+        if deny is not None:
+            allowed = ~deny[item]
+            owner, item, offset = owner[allowed], item[allowed], offset[allowed]
+        product = np.einsum("skd,sd->sk", interests[owner], self._ready()[1][item])
+        product[~present[owner]] = -np.inf
+        return owner, item, product.max(axis=1, initial=-np.inf) + offset
 
     def similar_items(self, items: np.ndarray, k: int) -> Candidates:
         """The k items whose vectors are most alike (cosine) to each of these dense items (B,)."""
@@ -202,11 +240,12 @@ class DenseRetriever(Retriever):
         require_dense(themselves, len(self.items))
         return ExactIndex(vectors).search(vectors[items], k, seen=themselves, source="similar")
 
-    def _ready(self) -> tuple[torch.Tensor, Index]:
-        """The vectors (N, D) of the items as users' histories are read, and the index; until either changes."""
+    def _ready(self) -> tuple[torch.Tensor, np.ndarray, Index]:
+        """Vectors of the items as histories are read (N, D), those that are searched, and the index; until they change."""
         if self._searched is None:
             with torch.inference_mode():
-                self._searched = self.network.items.table(), self.index(self.vectors())
+                vectors = self.vectors()
+                self._searched = self.network.items.table(), vectors, self.index(vectors)
         return self._searched
 
     # -- items that arrive later ---------------------------------------------------------------

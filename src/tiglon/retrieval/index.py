@@ -107,7 +107,7 @@ class ExactIndex:
             places = best_places(found[better], item.shape[1], self.order[start : start + len(block)])
             new = np.where(places == MISSING, -np.inf, np.take_along_axis(found[better], places, axis=1))
             places[places != MISSING] += start
-            item[better], score[better] = _merge(
+            item[better], score[better] = merge(
                 np.concatenate([item[better], places], axis=1),
                 np.concatenate([score[better], new], axis=1),
                 item.shape[1],
@@ -174,16 +174,16 @@ class FaissIndex:
         item = np.where(allowed, item, MISSING).reshape(users, -1)
         score = np.where(allowed, score, -np.inf).astype(np.float32).reshape(users, -1)
         item, score = _once(item, score)
-        return Candidates(*_merge(item, score, k, self.order), source)
+        return Candidates(*merge(item, score, k, self.order), source)
+
+
+def merge(item: np.ndarray, score: np.ndarray, k: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of lists (B, m) without repetitions, best first. order: (N,) `tie_order`."""
+    ranks = np.lexsort((order[item], -score), axis=1)[:, :k]
+    return np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
 
 
 # -- inside ------------------------------------------------------------------------------------------------
-
-
-def _merge(item: np.ndarray, score: np.ndarray, k: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of lists (B, m) without repetitions, best first."""
-    ranks = np.lexsort((order[item], -score), axis=1)[:, :k]
-    return np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
 
 
 def _once(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

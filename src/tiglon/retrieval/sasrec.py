@@ -15,6 +15,7 @@ Deviations:
 - relative biases over moments rather than absolute positions; events of one moment (a basket) see each other
   but no target of their own moment; T5's blocks (pre-norm, RMSNorm);
 - a start state, so that first events are targets too and an empty history has an answer;
+- what one had before is likelier or less likely by a learned weight (`towers.Repetition`);
 - with `vectors`, an item's vector is its own plus its content through one projection that begins as the
   principal axes, as TIGER's prefix vectors do (`towers.ItemTower`); without, ids alone, as published.
 
@@ -37,7 +38,7 @@ from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import Dropout, EncoderLayer, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
 from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
-from tiglon.retrieval.towers import DenseNetwork, ItemTower, Past
+from tiglon.retrieval.towers import DenseNetwork, ItemTower, Past, Repetition
 from tiglon.retrieval.windows import Batch, overlapping_windows
 from tiglon.train.loop import TrainConfig
 
@@ -66,6 +67,8 @@ class SasRecConfig(DenseConfig):
 class SasRecNetwork(DenseNetwork):
     """items: N.   content: as in `ItemTower`."""
 
+    repetition: Repetition
+
     def __init__(self, items: int, config: SasRecConfig, content: np.ndarray | int | None = None) -> None:
         super().__init__()
         c = config
@@ -79,6 +82,7 @@ class SasRecNetwork(DenseNetwork):
         self.query = Linear(c.width, c.width, 0.0)
         nn.init.eye_(self.query.weight)
         self.dropout = Dropout(c.dropout)
+        self.repetition = Repetition()
 
     def states(self, x_BLD: Tensor, moment_BL: Tensor, query_BQ: Tensor) -> Tensor:
         """(B, Q, D): what is known strictly before each moment of `query_BQ`."""
@@ -100,10 +104,15 @@ class SasRecNetwork(DenseNetwork):
         x_BLD = self.items(batch.item, table)
         state_TD = self.states(x_BLD, batch.moment, batch.moment)[batch.target]
         target = batch.item[batch.target]
+        row = batch.target.nonzero()[:, 0]
+        had = self.repetition(
+            Past(batch.item[row], batch.moment[row], batch.moment[batch.target], batch.user[row])
+        )
         if table is not None:
-            return catalogue_softmax(state_TD, table, target)
+            return catalogue_softmax(state_TD, table, target, had)
         assert negatives is not None
-        return sampled_softmax(state_TD, x_BLD[batch.target], self.items(negatives.item), target, negatives)
+        drawn, own = self.items(negatives.item), x_BLD[batch.target]
+        return sampled_softmax(state_TD, own, drawn, target, negatives, had, x_BLD[row])
 
 
 class SasRec(DenseRetriever):

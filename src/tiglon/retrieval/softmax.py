@@ -45,21 +45,50 @@ class UnigramSampler:
         return Negatives(item, self.log_count[item])
 
 
-def catalogue_softmax(user_TD: Tensor, vectors_ND: Tensor, target_T: Tensor) -> Tensor:
+class Had(NamedTuple):
+    """What came before each target. item: (T, L) int64.   offset: (T, L) float32, what it adds to its item's logit.
+    first: (T, L) bool, where an item of the past stands for the first time; elsewhere there is nothing."""
+
+    item: Tensor
+    offset: Tensor
+    first: Tensor
+
+
+def catalogue_softmax(
+    user_TD: Tensor, vectors_ND: Tensor, target_T: Tensor, had: Had | None = None
+) -> Tensor:
     """(T,) −log softmax of each target's product among those of all items."""
-    return F.cross_entropy((user_TD @ vectors_ND.T).float(), target_T, reduction="none")
+    logits_TN = (user_TD @ vectors_ND.T).float()
+    if had is not None:
+        row, place = torch.nonzero(had.first, as_tuple=True)
+        logits_TN.index_put_((row, had.item[row, place]), had.offset[row, place], accumulate=True)
+    return F.cross_entropy(logits_TN, target_T, reduction="none")
 
 
 def sampled_softmax(
-    user_TD: Tensor, target_TD: Tensor, drawn_CD: Tensor, target_T: Tensor, drawn: Negatives
+    user_TD: Tensor,
+    target_TD: Tensor,
+    drawn_CD: Tensor,
+    target_T: Tensor,
+    drawn: Negatives,
+    had: Had | None = None,
+    had_TLD: Tensor | None = None,
 ) -> Tensor:
     """(T,) the same, the other items estimated by the drawn ones; a draw of the target itself is left out.
 
-    target_TD, drawn_CD: the vectors of the targets and of the drawn items.
+    target_TD, drawn_CD, had_TLD: the vectors of the targets, of the drawn items, of what came before; that is not
+    estimated, so a draw of it is left out, too.
     """
     positive_T = (user_TD * target_TD).sum(dim=-1).float()
     others_TC = (user_TD @ drawn_CD.T).float() - drawn.log_count
     others_TC = others_TC.masked_fill(target_T[:, None] == drawn.item, -torch.inf)
+    if had is not None:
+        assert had_TLD is not None
+        others_TC = others_TC.masked_fill(_is_among(drawn.item, had.item, had.first), -torch.inf)
+        own_TL = had.first & (had.item == target_T[:, None])
+        positive_T = positive_T + torch.where(own_TL, had.offset, 0.0).sum(dim=1)
+        had_TL = (had_TLD @ user_TD[..., None])[..., 0].float() + had.offset
+        others_TC = torch.cat([others_TC, had_TL.masked_fill(~had.first | own_TL, -torch.inf)], dim=1)
     return torch.cat([positive_T[:, None], others_TC], dim=1).logsumexp(dim=1) - positive_T
 
 
@@ -86,11 +115,19 @@ def accidental_hits(candidate_C: Tensor, history_TL: Tensor, mask_TL: Tensor, us
     """
     t = len(user_T)
     distinct, column_C = candidate_C.unique(return_inverse=True)
-    liked = torch.zeros(t, len(distinct), dtype=torch.bool)
     same_TT = torch.eye(t, dtype=torch.bool) | ((user_T[:, None] == user_T) & (user_T >= 0))
     row, other = torch.nonzero(same_TT, as_tuple=True)
+    liked = torch.zeros(t, len(distinct), dtype=torch.bool)
     liked[row, column_C[:t][other]] = True
-    at_TL = torch.searchsorted(distinct, history_TL).clamp(max=len(distinct) - 1)
-    row, place = torch.nonzero((distinct[at_TL] == history_TL) & mask_TL, as_tuple=True)
-    liked[row, at_TL[row, place]] = True
-    return liked[:, column_C]
+    return liked[:, column_C] | _is_among(candidate_C, history_TL, mask_TL)
+
+
+def _is_among(candidate_C: Tensor, item_TL: Tensor, mask_TL: Tensor) -> Tensor:
+    """(T, C) bool: candidates that a row's items hold."""
+    distinct, column_C = candidate_C.unique(return_inverse=True)
+    found = torch.zeros(len(item_TL), len(distinct), dtype=torch.bool)
+    if len(distinct):
+        at_TL = torch.searchsorted(distinct, item_TL).clamp(max=len(distinct) - 1)
+        row, place = torch.nonzero((distinct[at_TL] == item_TL) & mask_TL, as_tuple=True)
+        found[row, at_TL[row, place]] = True
+    return found[:, column_C]

@@ -84,6 +84,9 @@ class TwoTowerNetwork(DenseNetwork):
         self.wo = Linear(c.hidden, c.width, 0.1 * c.hidden**-0.5)
         self.dropout = Dropout(c.dropout)
         self.frequency = FrequencyEstimator(rate=c.rate)
+        self.repetition = (
+            None  # what one had is no negative of the batch, so there is nothing to learn it from
+        )
 
     def vectors(self) -> Tensor:
         return F.normalize(self.items.table(), dim=-1)
