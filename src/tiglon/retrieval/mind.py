@@ -19,7 +19,8 @@ Deviations:
 - only the last round of routing has a gradient (the paper's words leave this open; its capsules' origin does so);
 - powers keep the sign of negative scores; K' counts events;
 - the softmax runs over the whole catalogue up to 50,000 items, and over drawn ones, corrected, beyond;
-- interests times one learned scale; an empty history has one learned interest (`towers.InterestNetwork`).
+- interests times one learned scale; an empty history has one learned interest (`towers.InterestNetwork`);
+- what one had before is likelier or less likely by a learned weight (`towers.Repetition`).
 
 Letters: B users, K interests, L history, D width.
 """

@@ -137,17 +137,16 @@ class Repetition(nn.Module):
     https://arxiv.org/abs/1812.02646), which chooses between repeating and exploring.
     """
 
-    AGES = 6  # 1, 2 …, 4 …, 8 …, 16 …, 32 and more moments ago
+    AGES = (2, 4, 8, 16, 32)  # moments ago at which the next w begins
     STEP = 10.0  # w has far to go, at a rate of learning made for vectors
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(self.AGES))
+        self.weight = nn.Parameter(torch.zeros(len(self.AGES) + 1))
 
     def log_weight(self, age: Tensor) -> Tensor:
-        """w of ages ≥ 1, in moments."""
-        bucket = age.clamp(min=1).log2().floor().long().clamp(max=self.AGES - 1)
-        return self.STEP * self.weight[bucket]
+        """w of ages, in moments."""
+        return self.STEP * self.weight[torch.bucketize(age, torch.tensor(self.AGES), right=True)]
 
     def forward(self, past: Past) -> Had:
         """What is past, a row a target."""
