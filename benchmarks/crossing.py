@@ -6,12 +6,12 @@
 All rows have one base: attention over the 50 most recent behaviours, counts of what candidate and life share,
 the same features, MLP, requests and training. The first table adds a crossing layer to it ("cross_id": two declared
 crosses, brand × type of the item and hour × weekday of the request; "can": the co-action unit over 200 behaviours);
-the second a gate by who asks, with new and old households apart.
+the second a gate or trunk by who asks, with new and old households apart.
 
 Few households of the log are new in its last weeks, so a third of them, drawn by a fixed seed, join late: their lines
 before a time drawn from the whole year are removed, for training and test alike. A household is new before its
 tenth basket that is left. The flag, and the number of earlier baskets, are features of the request, known at its
-time. Gates read both, LHUC the number alone. "moved" is by how much turning the flag over moves the last hidden
+time. Gates and trunks read both, LHUC the number alone. "moved" is by how much turning the flag over moves the last hidden
 layer, on 32 requests of the validation.
 
 Weights are selected on the validation's GAUC; the test is read once a row. The tables: mean ± standard deviation over
@@ -41,12 +41,13 @@ from tiglon.data.features import Feature, FeatureSchema
 from tiglon.data.ranking import COMPLETE_JOURNEY, RankingTask, Tasks, complete_journey_task
 from tiglon.data.sources import Source, complete_journey
 from tiglon.ranking.crosses import CROSSES
-from tiglon.ranking.gates import GATES, submergence
+from tiglon.ranking.gates import GATES, TRUNKS, submergence
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.recipes import override
 
 NONE, CROSS_ID, CAN = "none", "cross_id", "can"
 CROSSING = [NONE, CROSS_ID, *CROSSES, CAN]
+ROWS = [*CROSSING, *GATES, *TRUNKS]
 NEW_BEFORE, FLAG, COUNT = 10, "newcomer", "baskets"
 
 SCHEMA = FeatureSchema(
@@ -66,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--rows", nargs="+", choices=[*CROSSING, *GATES], default=[*CROSSING, *GATES])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learn", type=int, metavar="N", help="requests to learn from, the same for all")
     parser.add_argument("--threads", type=int, default=2)
@@ -112,7 +113,7 @@ def config_of(name: str) -> LifelongConfig:
     config = LifelongConfig(long=CAN if name == CAN else "none", longest=200)
     if name in CROSSES:
         config = replace(config, cross=name)
-    if name in GATES:
+    if name in GATES | TRUNKS:
         config = replace(config, gate=name, gate_by=(COUNT,) if name == "lhuc" else (FLAG, COUNT))
     return config
 
@@ -213,7 +214,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
         "log loss": lambda row: row["test"]["all"]["log_loss"],
     })  # fmt: skip
     yield _table(f"Gates: {asked['new']:,} requests of new households, {asked['old']:,} of old ones",
-                 rows, [NONE, *GATES], {
+                 rows, [NONE, *GATES, *TRUNKS], {
         "GAUC": lambda row: row["test"]["all"]["gauc"],
         "new": lambda row: row["test"]["new"]["gauc"],
         "old": lambda row: row["test"]["old"]["gauc"],

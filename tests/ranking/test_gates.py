@@ -10,9 +10,12 @@ from torch import nn
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.gates import (
+    APG,
     GATES,
     LHUC,
+    M2M,
     POSO,
+    TRUNKS,
     APGLinear,
     EPNet,
     GateNU,
@@ -503,9 +506,10 @@ def batch():
     return RankingBatch(item, past, PROFILE, label)
 
 
-def shell(embed, gate=None, **settings):
+def shell(embed, gate=None, trunk=None, tasks=("label",), **settings):
     torch.manual_seed(5)
-    return Ranker(embed, None, config=RankerConfig(hidden=HIDDEN, **settings), gate=gate).eval()
+    config = RankerConfig(hidden=HIDDEN, **settings)
+    return Ranker(embed, None, tasks=tasks, config=config, gate=gate, trunk=trunk).eval()
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -537,3 +541,63 @@ def test_hidden_layers_are_those_that_the_heads_read(embed, batch):
 def test_a_gate_and_experts_do_not_go_together(embed):
     with pytest.raises(ConfigError, match=r"a gate and 2 experts\. A gate multiplies the layers of one MLP"):
         shell(embed, lambda embed, widths: POSO(embed, widths, (FLAG,)), experts=2)
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_trunk_takes_the_mlps_place(name, embed, batch):
+    """All of it learns, it hears who asks, and nothing but the vectors of who asks says so."""
+    ranker = shell(embed, trunk=lambda *given: TRUNKS[name](*given[:2], (ID,), *given[2:]))
+    assert ranker(batch).shape == (B, K, 1)
+    ranker.loss(batch).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in ranker.trunk.parameters())
+    everyone = [batch._replace(profile=torch.full_like(PROFILE, code)) for code in (1, 2)]
+    assert not torch.allclose(*map(ranker, everyone))
+    with torch.no_grad():
+        for table in [*ranker.trunk.conditions.tables, *embed.profiles]:
+            table.weight.zero_()
+    torch.testing.assert_close(*map(ranker, everyone))
+
+
+def test_apgs_trunk_is_its_layers(embed, batch):
+    ranker = shell(embed, trunk=lambda *given: APG(*given[:2], (ID,), *given[2:], rank=3))
+    disturb(ranker.trunk)
+    x_BKW = torch.randn(B, K, ranker.trunk.layers[0].V[-1].shape[1])
+    z = ranker.trunk.conditions(PROFILE)
+    for b in range(B):
+        h = x_BKW[b]
+        for layer, between, found in zip(
+            ranker.trunk.layers, ranker.trunk.between, ranker.trunk(PROFILE, x_BKW), strict=True
+        ):
+            matrix = layer.U[0] @ layer.U[1] @ layer.core(z[b]) @ layer.V[0] @ layer.V[1]
+            h = between(h @ matrix.T + layer.bias)
+            torch.testing.assert_close(found[b], h, rtol=1e-4, atol=1e-4)
+
+
+def test_m2ms_tasks_read_the_same_experts(embed, batch):
+    """Each task by a tower of its own: what is own moves one task's logit alone."""
+    ranker = shell(
+        embed, trunk=lambda *given: M2M(*given[:2], (ID,), *given[2:]), tasks=("a", "b"), experts=3
+    )
+    assert len(ranker.trunk.experts) == 3
+    before = ranker(batch)
+    with torch.no_grad():
+        for parameter in ranker.trunk.towers[1].parameters():
+            parameter.mul_(1.5)
+        ranker.trunk.task[1] += 1.0
+    after = ranker(batch)
+    assert torch.equal(after[..., 0], before[..., 0])
+    assert not torch.allclose(after[..., 1], before[..., 1])
+    shared, own = ranker.shared_and_own()
+    names = {id(p): name for name, p in ranker.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in own} == {"heads", "trunk"}
+    assert {names[id(p)].split(".")[1] for p in own if names[id(p)].startswith("trunk")} == {"task", "towers"}
+    assert {names[id(p)].split(".")[1] for p in shared if names[id(p)].startswith("trunk")} == {
+        "attention",
+        "conditions",
+        "experts",
+    }
+
+
+def test_apg_and_experts_do_not_go_together(embed):
+    with pytest.raises(ConfigError, match="apg and 2 experts"):
+        shell(embed, trunk=lambda *given: APG(*given[:2], (ID,), *given[2:]), experts=2)

@@ -397,8 +397,9 @@ def test_a_clustered_life_is_not_read_before_it_ends(task):
 # -- crossing layers and gates ---------------------------------------------------------------------------------
 
 
-def test_crosses_and_gates_are_named_and_kept(task, tmp_path):
-    config = dataclasses.replace(CONFIG, cross="dcn_v2", gate="pepnet", gate_by=("hour",))
+@pytest.mark.parametrize("gate", ["pepnet", "m2m", "apg"])
+def test_crosses_and_gates_are_named_and_kept(task, tmp_path, gate):
+    config = dataclasses.replace(CONFIG, cross="dcn_v2", gate=gate, gate_by=("hour",))
     ranker = LifelongRanker.of(task, config)
     ranker.save(tmp_path / "ranker")
     loaded = LifelongRanker.load(tmp_path / "ranker")

@@ -15,16 +15,18 @@ Where a flag "new user" is one input among many and true for one sample in twent
 it: `submergence` measures by how much turning it over moves the hidden layers. A gate multiplies instead.
 
 LHUC, POSO, PPNet, EPNet and PEPNet are gates of the shell (`ranker.Ranker`): they give multipliers of the MLP's input
-and of its hidden layers. All begin as the network without a gate, to the bit: 2σ(0) = 1. What gates read stands in the
-profile, by its column; code 0 is the unknown id, which adds nothing to a gate (it has the vector 0). POSO's
-other forms, M2M and APG replace layers and are for networks of your own.
+and of its hidden layers. All begin as the network without a gate, to the bit: 2σ(0) = 1. M2M and APG are trunks of the shell:
+they take the MLP's place. What either reads stands in the profile, by its column; code 0 is the unknown id, which adds
+nothing (it has the vector 0). POSO's other forms are for networks of your own.
 
 Deviations
 - POSO's last layer of g begins at zero, so that C·g = 1 from the start; the paper has C = 2.0 for about that.
 - PPNet reads the ids' vectors from a table of its own and the candidate's from the shared one; the shell has one
   tower. For several towers pass the widths of their layers, one tower after the other: each entry has a gate.
 - The gates' inner layers are `inner` wide; PEPNet does not say how wide its are.
-- M2M's non-linearity is LeakyReLU throughout.
+- M2M's non-linearity is LeakyReLU throughout; its scenario is the columns' vectors, without a layer between; the
+  shell's M2M reads no sequence, as the interest units do.
+- The shell's APG is group-wise: its condition is who asks.
 
 Letters: B requests, K candidates, X profile columns, H width of an item, W width of the MLP's input, P width of
 a condition, E experts, T tasks, L positions.
@@ -42,9 +44,11 @@ from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.ranking.ranker import Gate
+from tiglon.ranking.ranker import Gate, RankerConfig
+from tiglon.ranking.tasks import mlp
 
 GAMMA = 2.0  # of LHUC, POSO (there C) and PEPNet (there γ)
+EXPERTS = 4  # of M2M where the shell says nothing
 
 
 class Conditions(nn.Module):
@@ -210,7 +214,7 @@ class MetaUnit(nn.Module):
         """(…, width), (…, P) → (…, width)."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             W = weight(s).unflatten(-1, (self.width, self.width))
-            h = F.leaky_relu((W @ h[..., None]).squeeze(-1) + bias(s))
+            h = F.leaky_relu(torch.einsum("...ij,...j->...i", W, h) + bias(s))
         return h
 
 
@@ -246,6 +250,46 @@ class MetaTower(nn.Module):
         return h
 
 
+class M2M(nn.Module):
+    """The trunk: experts, which a task weighs by the scenario, and its tower of the scenario."""
+
+    by_task = True
+
+    def __init__(
+        self,
+        embed: FeatureEmbedding,
+        widths: Sequence[int],
+        columns: Sequence[int],
+        tasks: int,
+        config: RankerConfig,
+    ) -> None:
+        super().__init__()
+        self.conditions = Conditions(embed, columns)
+        inputs, *hidden = widths
+        width, scenario = widths[-1], self.conditions.width
+        self.experts = nn.ModuleList(
+            mlp(inputs, hidden, config.dropout) for _ in range(config.experts or EXPERTS)
+        )
+        self.attention = MetaAttention(scenario, width)
+        self.task = nn.Parameter(torch.randn(tasks, width) * width**-0.5)
+        self.towers = nn.ModuleList(MetaTower(scenario, width) for _ in range(tasks))
+
+    def forward(self, profile_BX: Tensor, x_BKW: Tensor) -> list[Tensor]:
+        """(B, K, T, width) alone."""
+        s_B1P = self.conditions(profile_BX)[:, None]
+        said = torch.stack([expert(x_BKW.flatten(0, 1)) for expert in self.experts], dim=-2)
+        expert = said.unflatten(0, x_BKW.shape[:2])
+        found = [
+            tower(self.attention(expert, task.expand(*x_BKW.shape[:-1], -1), s_B1P), s_B1P)
+            for task, tower in zip(self.task, self.towers, strict=True)
+        ]
+        return [torch.stack(found, dim=-2)]
+
+    def own(self) -> list[nn.Parameter]:
+        """The tasks' vectors and towers."""
+        return [self.task, *self.towers.parameters()]
+
+
 # -- APG -------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +318,7 @@ class APGLinear(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """(…, inputs), (…, P) → (…, width)."""
-        inner = (self.core(z) @ (x @ _product(self.V).T)[..., None]).squeeze(-1)
+        inner = torch.einsum("...ij,...j->...i", self.core(z), x @ _product(self.V).T)
         return inner @ _product(self.U).T + self.bias
 
     def core(self, z: Tensor) -> Tensor:
@@ -286,6 +330,48 @@ class APGLinear(nn.Module):
         """Multiply the over-parameterised factors out, for serving; the same function."""
         self.U, self.V = (nn.ParameterList([nn.Parameter(_product(chain))]) for chain in (self.U, self.V))
         return self
+
+
+class APG(nn.Module):
+    """The trunk: an MLP of layers U S V whose S is made for who asks; factors twice as wide as its rank.
+
+    rank: of every layer, at most.   Raises ConfigError for experts, which have their layers apart.
+    """
+
+    by_task = False
+
+    def __init__(
+        self,
+        embed: FeatureEmbedding,
+        widths: Sequence[int],
+        columns: Sequence[int],
+        tasks: int,
+        config: RankerConfig,
+        rank: int = 32,
+    ) -> None:
+        super().__init__()
+        if config.experts:
+            raise ConfigError(
+                f"apg and {config.experts} experts", rule="It makes one MLP", fix="Set experts=0"
+            )
+        self.conditions = Conditions(embed, columns)
+        self.layers, self.between = nn.ModuleList(), nn.ModuleList()
+        for inputs, width in pairwise(widths):
+            r = min(rank, inputs, width)
+            self.layers.append(APGLinear(inputs, width, self.conditions.width, r, over=2 * r))
+            self.between.append(nn.Sequential(nn.PReLU(width, init=0.25), nn.Dropout(config.dropout)))
+
+    def forward(self, profile_BX: Tensor, x_BKW: Tensor) -> list[Tensor]:
+        """(B, K, width) of each hidden layer."""
+        z_B1P, found = self.conditions(profile_BX)[:, None], [x_BKW]
+        for layer, between in zip(self.layers, self.between, strict=True):
+            h = layer(found[-1], z_B1P)
+            found.append(between(h.flatten(0, 1)).unflatten(0, h.shape[:2]))
+        return found[1:]
+
+    def own(self) -> list[nn.Parameter]:
+        """Nothing: all tasks read all of it."""
+        return []
 
 
 def _chain(rows: int, over: int | None, columns: int) -> nn.ParameterList:
@@ -380,6 +466,13 @@ def submergence(
 MakeGate: TypeAlias = Callable[[FeatureEmbedding, Sequence[int], Sequence[int]], Gate]
 
 GATES: dict[str, MakeGate] = {"lhuc": LHUC, "poso": POSO, "epnet": EPNet, "ppnet": PPNet, "pepnet": PEPNet}
+
+# the same, number of tasks and the shell's settings → what takes the MLP's place
+MakeTrunk: TypeAlias = Callable[
+    [FeatureEmbedding, Sequence[int], Sequence[int], int, RankerConfig], nn.Module
+]
+
+TRUNKS: dict[str, MakeTrunk] = {"m2m": M2M, "apg": APG}
 
 
 def _require_columns(embed: FeatureEmbedding, columns: Sequence[int]) -> list[int]:

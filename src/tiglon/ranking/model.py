@@ -38,7 +38,7 @@ from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.crosses import CROSSES
-from tiglon.ranking.gates import GATES
+from tiglon.ranking.gates import GATES, TRUNKS
 from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
 from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
@@ -53,8 +53,8 @@ class LifelongConfig:
     long: str = "full_attention"  # the unit that reads the whole life, by its name in `units`; or "none"
     short: str = "full_attention"  # the unit that reads the most recent `network.recent`; or "none"
     cross: str = NONE  # a crossing layer, by its name in `crosses`
-    gate: str = NONE  # a gate, by its name in `gates`
-    gate_by: tuple[str, ...] = ()  # the user and context features that the gate reads
+    gate: str = NONE  # a gate or trunk, by its name in `gates`
+    gate_by: tuple[str, ...] = ()  # the user and context features that it reads
     method: str = (
         NONE  # what each task's loss counts, by its name in `multitask`; none: the mean of all labels
     )
@@ -71,7 +71,7 @@ class LifelongConfig:
         require_unit(self.short)
         for kind, name, known in (
             ("crossing layer", self.cross, CROSSES),
-            ("gate", self.gate, GATES),
+            ("gate", self.gate, GATES | TRUNKS),
             ("multi-task method", self.method, METHODS),
         ):
             if name not in (NONE, *known):
@@ -113,8 +113,9 @@ class LifelongRanker:
         category = category_of(features, c.unit.category)
         long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
         cross = None if c.cross == NONE else CROSSES[c.cross]
-        gate = None if c.gate == NONE else self._gate
-        self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate).eval()
+        gate = self._gate if c.gate in GATES else None
+        trunk = self._trunk if c.gate in TRUNKS else None
+        self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate, trunk).eval()
         self.history: dict[str, Any] = {}
         self.clusters: ClusterStore | None = None
 
@@ -126,6 +127,15 @@ class LifelongRanker:
         return cls(task.features, task.store, task.tasks, config)
 
     def _gate(self, embed: FeatureEmbedding, widths: Sequence[int]) -> Gate:
+        return GATES[self.config.gate](embed, widths, self._columns())
+
+    def _trunk(
+        self, embed: FeatureEmbedding, widths: Sequence[int], tasks: int, config: RankerConfig
+    ) -> torch.nn.Module:
+        return TRUNKS[self.config.gate](embed, widths, self._columns(), tasks, config)
+
+    def _columns(self) -> list[int]:
+        """Of what a gate reads, in the profile."""
         names = [feature.name for feature in self.features.schema.of("user", "context")]
         for name in self.config.gate_by:
             if name not in names:
@@ -134,7 +144,7 @@ class LifelongRanker:
                     rule="Gates read user and context features",
                     fix=did_you_mean(name, names),
                 )
-        return GATES[self.config.gate](embed, widths, [names.index(name) for name in self.config.gate_by])
+        return [names.index(name) for name in self.config.gate_by]
 
     @property
     def name(self) -> str:

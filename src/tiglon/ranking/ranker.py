@@ -9,8 +9,8 @@ candidate. The shell, the features and the training are the same for all, so tha
 the units.
 
 Two more parts are there on request: a crossing layer (`crosses.py`) over the features of candidate, user and
-request and the interests, each a field of one width; and a gate (`gates.py`) that multiplies the MLP's input and
-its hidden layers by factors of who asks.
+request and the interests, each a field of one width; and who asks (`gates.py`): a gate multiplies the MLP's input and
+its hidden layers by factors, a trunk takes the MLP's place.
 
 Letters: B requests, K candidates, L behaviours, J cross features, X profile features, T tasks,
 H width of an item, D width of an interest, F fields, W width of the MLP's input, C width of what is crossed.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,25 @@ class Gate(Protocol):
     def __call__(self, profile_BX: Tensor, candidate_BKH: Tensor, x_BKW: Tensor) -> list[Tensor]: ...
 
 
+class Trunk(Protocol):
+    """Profile codes (B, X) and the MLP's input (B, K, W) → hidden layers (B, K, width), each of those that it was made
+    for; or, by_task, one (B, K, T, width), the last. An nn.Module."""
+
+    by_task: bool
+
+    def __call__(self, profile_BX: Tensor, x_BKW: Tensor) -> list[Tensor]: ...
+
+    def own(self) -> list[nn.Parameter]:
+        """What one task alone reads."""
+
+
 @dataclass(frozen=True)
 class RankerConfig:
     recent: int = 50  # behaviours that the short-term unit reads; TWIN: 50
     hidden: tuple[int, ...] = (200, 80)  # DIN: 200, 80
     dropout: float = 0.0
     intersections: bool = True  # counts of the candidate's values in the life
-    experts: int = 0  # of MMoE, each with the hidden layers above; 0: all tasks share one bottom
+    experts: int = 0  # of MMoE or M2M, each with the hidden layers above; 0: all tasks share one bottom
     tower: tuple[int, ...] = ()  # hidden layers of each task's own; none: a linear head
     field_width: int = 16  # to which a crossing layer's fields are projected
 
@@ -90,6 +102,7 @@ class Ranker(nn.Module):
 
     short reads the most recent `config.recent` behaviours, long all of them; None leaves one out.
     cross: fields, width of a field → layer.   gate: embedding, widths of the MLP's input and hidden layers → gate.
+    trunk: the same, number of tasks, settings → what takes the MLP's place.
     Raises ConfigError for a gate with MMoE, whose experts have their layers apart.
     """
 
@@ -102,6 +115,7 @@ class Ranker(nn.Module):
         config: RankerConfig | None = None,
         cross: Callable[[int, int], CrossLayer] | None = None,
         gate: Callable[[FeatureEmbedding, Sequence[int]], Gate] | None = None,
+        trunk: Callable[[FeatureEmbedding, Sequence[int], int, RankerConfig], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.config = c = config or RankerConfig()
@@ -127,14 +141,20 @@ class Ranker(nn.Module):
             )
         self.gate = None if gate is None else gate(embed, [width, *c.hidden])
         T, last = len(self.tasks), c.hidden[-1] if c.hidden else width
-        self.trunk: nn.Module = mlp(width, c.hidden, c.dropout)
+        self.conditional = trunk is not None
+        self.trunk: Any  # a module
+        if trunk is not None:
+            self.trunk = trunk(embed, [width, *c.hidden], T, c)
+        elif c.experts:
+            self.trunk = MMoE(width, T, c.experts, c.hidden, c.dropout)
+        else:
+            self.trunk = mlp(width, c.hidden, c.dropout)
         if self.cross is not None and self.cross.beside:
             last += self.cross.width
-        self.heads: nn.Module = nn.Linear(last, T)
-        if c.experts:
-            self.trunk = MMoE(width, T, c.experts, c.hidden, c.dropout)
-        if c.experts or c.tower:
-            self.heads = Towers(last, T, c.tower, c.dropout)
+        apart = self.trunk.by_task if self.conditional else c.experts > 0
+        self.heads: nn.Module = (
+            Towers(last, T, c.tower, c.dropout) if apart or c.tower else nn.Linear(last, T)
+        )
 
     def forward(self, batch: RankingBatch) -> Tensor:
         """Logits (B, K, T)."""
@@ -177,7 +197,9 @@ class Ranker(nn.Module):
             else:
                 parts.append(crossed)
         x = torch.cat(parts, dim=-1)
-        if self.gate is None:
+        if self.conditional:
+            layers = [h.flatten(0, 1) for h in (x, *self.trunk(batch.profile, x))]
+        elif self.gate is None:
             layers = self._layers(x.flatten(0, 1), [])
         else:
             scales = self.gate(batch.profile, candidate, x)
@@ -213,8 +235,8 @@ class Ranker(nn.Module):
     def shared_and_own(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters that all tasks read, and those of heads and MMoE's gates, which one task does."""
         own = [*self.heads.parameters()]
-        if isinstance(self.trunk, MMoE):
-            own += self.trunk.gates.parameters()
+        if not isinstance(self.trunk, nn.Sequential):
+            own += self.trunk.own()
         names = {id(p) for p in own}
         return [p for p in self.parameters() if id(p) not in names], own
 

@@ -45,6 +45,10 @@ class MMoE(nn.Module):
         gate_nTE = torch.stack([gate(x_nW) for gate in self.gates], dim=1).softmax(dim=-1)
         return gate_nTE @ said_nED
 
+    def own(self) -> list[nn.Parameter]:
+        """What one task alone reads."""
+        return [*self.gates.parameters()]
+
 
 class Towers(nn.Module):
     """(n, D), the same for all tasks, or (n, T, D) → (n, T): a tower a task."""
