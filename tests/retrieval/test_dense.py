@@ -20,7 +20,7 @@ from tiglon.retrieval.dense import windows_of_events
 from tiglon.retrieval.index import FaissIndex
 from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.towers import HashedUsers, ItemTower, Past
-from tiglon.retrieval.windows import collate, padded_histories
+from tiglon.retrieval.windows import collate
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Histories, Interactions, Vocabulary
 
@@ -75,49 +75,24 @@ def test_scores_are_the_best_product_of_the_interests_there_are():
     np.testing.assert_allclose(best.score, -np.sort(-scores, axis=1), rtol=1e-4, atol=1e-5)
 
 
-WEIGHT = torch.tensor([-0.3, 0.5, 0.1, -0.2, 0.4, 0.0])
-AGAIN = Histories(
-    np.array([0, 7, 7, 9]),
-    np.array([4, 4, 9, 4, 2, 9, 5, 8, 8]),
-    np.array([0, 1, 1, 2, 3, 3, 40, 5, 5]),
-)
+AGAIN = Histories(np.array([0, 7, 7, 9]), np.array([4, 4, 9, 4, 2, 9, 5, 8, 8]), np.arange(9))
 
 
 def repeating():
     made = make()
-    made.network.repetition.weight.data.copy_(WEIGHT)
+    made.network.repetition.weight.data.normal_(std=0.3)
     return made
 
 
-def offsets_by_hand():
-    """{(user, item): log of the sum of exp(w) over its times}, w by the bucket of how many moments ago."""
-    w = 10 * WEIGHT.double().numpy()
-    user_0 = {4: [w[2], w[1], w[1]], 9: [w[1], w[1]], 2: [w[1]], 5: [w[0]]}  # moments 0 1 1 2 3 3 4; now is 5
-    user_0[4], user_0[9] = [w[2], w[2], w[1]], [w[2], w[1]]  # 5, 4 and 3; 4 and 2 moments ago
-    known = {(0, item): np.log(np.sum(np.exp(times))) for item, times in user_0.items()}
-    return known | {(2, 8): w[0] + np.log(2)}
-
-
-def test_what_one_had_is_weighed_by_when():
-    owner, item, offset = repeating().network.repetition.of(AGAIN)
-    found = dict(zip(zip(owner.tolist(), item.tolist(), strict=True), offset, strict=True))
-    assert found == pytest.approx(offsets_by_hand(), rel=1e-5)
-    past = Past(*padded_histories(AGAIN), torch.full((3,), -1))
-    had = repeating().network.repetition(past)
-    for user in range(3):
-        there = had.first[user]
-        kept = dict(zip(had.item[user][there].tolist(), had.offset[user][there].tolist(), strict=True))
-        assert kept == pytest.approx({i: v for (u, i), v in offsets_by_hand().items() if u == user}, rel=1e-5)
-
-
 def test_answers_know_what_one_had():
-    made, plain = repeating(), make()
-    expected = plain.score(AGAIN)
-    for (user, item), offset in offsets_by_hand().items():
-        expected[user, item] += offset - np.log((AGAIN.item[AGAIN.owner == user] == item).sum())
+    made = repeating()
+    interests, _ = made.users(AGAIN)
+    expected = (interests @ made.vectors().T).max(axis=1)
+    owner, item, offset = made.network.repetition.of(AGAIN)
+    expected[owner, item] += offset
     np.testing.assert_allclose(made.score(AGAIN), expected, rtol=1e-4, atol=1e-4)
     found = made.retrieve(AGAIN, 6, exclude_seen=False)
-    np.testing.assert_array_equal(found.item, np.argsort(-made.score(AGAIN), axis=1)[:, :6])
+    np.testing.assert_array_equal(found.item, np.argsort(-expected, axis=1)[:, :6])
     np.testing.assert_allclose(found.score, -np.sort(-expected, axis=1)[:, :6], rtol=1e-4, atol=1e-4)
     deny = np.isin(np.arange(N), [4, 9])
     assert not np.isin(made.retrieve(AGAIN, N, exclude_seen=False, deny=deny).item, [4, 9]).any()

@@ -66,7 +66,14 @@ def log(users=30, seed=0):
 @pytest.fixture(params=NETWORKS)
 def tiger(request):
     """With random weights: what it must promise does not depend on what it learned."""
-    return Tiger(ids(), ITEMS, config(request.param))
+    return random(Tiger(ids(), ITEMS, config(request.param)))
+
+
+def random(tiger):
+    """At 0, where the weights of what one had begin, a wrong one would not show."""
+    if hasattr(tiger.network, "repetition"):
+        tiger.network.repetition.weight.data = torch.tensor([0.2, -0.1, 0.1, -0.2, 0.0, 0.3])
+    return tiger
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -87,7 +94,7 @@ def test_probabilities_of_the_whole_catalogue_sum_to_one(tiger):
     found = tiger.retrieve(HISTORIES, N, exclude_seen=False)
     np.testing.assert_array_equal(np.sort(found.item), np.tile(np.arange(N), (len(HISTORIES), 1)))
     np.testing.assert_allclose(np.exp(found.score).sum(axis=1), 1, atol=1e-4)
-    masked = Tiger(ids(), ITEMS, replace(tiger.config, renormalise=False))
+    masked = random(Tiger(ids(), ITEMS, replace(tiger.config, renormalise=False)))
     total = np.exp(masked.retrieve(HISTORIES, N, exclude_seen=False).score).sum(axis=1)
     assert (total < 0.999).all()
 
@@ -97,7 +104,7 @@ def test_scores_are_the_losses_it_trains_on(tiger, renormalise):
     tiger.config = replace(tiger.config, renormalise=renormalise)
     life = Interactions(
         user=np.zeros(5, np.int32),
-        item=np.array([3, 8, 21, 7, 0], np.int32),
+        item=np.array([3, 8, 21, 3, 0], np.int32),
         time=np.array([1, 2, 2, 4, 9]),
         users=Vocabulary(["a"]),
         items=ITEMS,
@@ -157,7 +164,14 @@ def test_seen_items_are_left_out_and_the_others_keep_their_scores(tiger):
 
 
 def test_only_the_window_is_read(tiger):
+    """Older items are known as such, by their odds alone."""
     long = Histories.of([[1, 2, 3, *range(10, 20)]])
+    if hasattr(tiger.network, "repetition"):
+        assert (
+            tiger.retrieve(long, N, exclude_seen=False).score
+            != tiger.retrieve(long.last(10), N, exclude_seen=False).score
+        ).any()
+        tiger.network.repetition.weight.data.zero_()
     same(tiger.retrieve(long, 9, exclude_seen=False), tiger.retrieve(long.last(10), 9, exclude_seen=False))
 
 
@@ -412,12 +426,38 @@ def test_a_damaged_or_missing_file_is_told(tmp_path, name):
 def test_a_newer_format_is_told(tmp_path):
     Tiger(ids(), ITEMS, config()).save(tmp_path / "kept")
     path = tmp_path / "kept" / "retriever.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(BundleVersionError, match=r"a retriever of format 2 .* reads formats up to 1"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(BundleVersionError, match=r"a retriever of format 3 .* reads formats up to 2"):
         Tiger.load(tmp_path / "kept")
 
 
-# -- a world whose answer is known -------------------------------------------------------------------
+# -- worlds whose answers are known ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [0.0, 0.5])
+def test_it_learns_whether_people_come_back(again):
+    """Items say nothing; what was had is never had again, or every second event is the last one's item."""
+    rng = np.random.default_rng(0)
+    lives = np.array([rng.permutation(N)[:8] for _ in range(200)])
+    for at in range(1, 8):
+        repeat = rng.random(200) < again
+        lives[repeat, at] = lives[repeat, at - 1]
+    users = Vocabulary([f"user {u}" for u in range(200)])
+    events = (
+        np.repeat(np.arange(200), 8).astype(np.int32),
+        lives.ravel().astype(np.int32),
+        np.tile(np.arange(8), 200),
+    )
+    quick = TrainConfig(epochs=10, lr=1e-2, average=0.9, bfloat16=False)
+    learned = Tiger(ids(), ITEMS, config(train=quick)).fit(Interactions(*events, users, ITEMS))
+    asked = Histories.of(lives[:100].tolist())
+    found = learned.retrieve(asked, N, exclude_seen=False)
+    last = np.exp(found.score[found.item == lives[:100, -1:]]).mean()
+    had = [np.exp(found.score[u][np.isin(found.item[u], lives[u])]).sum() for u in range(100)]
+    if again:
+        assert last == pytest.approx(0.5, abs=0.1)
+    else:
+        assert np.mean(had) < 0.05  # of .2 that chance gives them
 
 
 def recall(split, items, codes):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from tiglon.nn.transformer import PADDING
 from tiglon.retrieval.beam import beam_search
+from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
+from tiglon.retrieval.windows import Batch
 from tiglon.semantic_ids.trie import Trie
 
 torch.set_num_threads(1)
@@ -214,8 +216,12 @@ def test_gradients_are_finite_and_reach_every_parameter(bfloat16):
     model = network().train()
     codes, moment = batch(LIVES, width=30)
     allowed = below([i for life in LIVES for i, _ in life])
+    item = torch.tensor([[i for i, _ in life] + [0] * (30 - len(life)) for life in LIVES])
+    lives = Batch(item, moment, moment < PADDING, torch.zeros(len(LIVES), dtype=torch.int64))
+    weight = shares(Trie.build(CODES.numpy().astype(np.int32), SIZES), CODES.numpy())
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        loss = model.loss(codes, moment, moment < PADDING, allowed)
+        returns = Returns.before(model.repetition.before(lives), CODES, weight)
+        loss = model.loss(codes, moment, moment < PADDING, allowed, returns=returns)
     assert torch.isfinite(loss).all()
     assert (loss >= 0).all()
     loss.mean().backward()

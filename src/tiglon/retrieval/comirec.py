@@ -18,7 +18,7 @@ Deviations:
 - the matrices of DR begin as the identity and noise, so that at first an interest is near the items that it
   came from; only the last round of routing has a gradient;
 - interests times one learned scale; an empty history has one learned interest (`towers.InterestNetwork`);
-- what one had before is likelier or less likely by a learned weight (`towers.Repetition`).
+- what one had before is likelier or less likely by a learned weight (`repetition`).
 
 Letters: B users, K interests, L history, D width, A width of the attention, N items, k items of a list.
 """

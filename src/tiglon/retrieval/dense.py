@@ -25,6 +25,7 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.index import ExactIndex, Index, merge
+from tiglon.retrieval.repetition import padded
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.softmax import UnigramSampler
 from tiglon.retrieval.topk import require_dense, tie_order
@@ -211,11 +212,8 @@ class DenseRetriever(Retriever):
     ) -> Candidates:
         """The best of what was found, which the user never had, and of what the user had."""
         owner, had, fit = self._had(histories, interests, present, deny)
-        counts = np.bincount(owner, minlength=len(histories))
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        shape = len(histories), int(counts.max(initial=0))
-        item, score = np.full(shape, MISSING, np.int64), np.full(shape, -np.inf, np.float32)
-        item[owner, place], score[owner, place] = had, fit
+        item = padded(owner, len(histories), had, MISSING)
+        score = padded(owner, len(histories), fit, -np.inf)
         both = np.concatenate([found.item, item], axis=1), np.concatenate([found.score, score], axis=1)
         return Candidates(*merge(*both, found.item.shape[1], tie_order(len(self.items))), found.source)
 

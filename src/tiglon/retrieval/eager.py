@@ -22,7 +22,7 @@ Deviations:
 - histories in true chronology, and moments (baskets) never seen by a target of their own; the released code
   zeroes the time stamps of the Amazon tables, so its histories stand in the order of the file;
 - all of a user's targets in one pass, relative biases over moments, codes with vectors of their prefixes that
-  carry content, a softmax over the codes that exist: the decoder is that of `tiger_causal.py`;
+  carry content, a softmax over the codes that exist, odds of what one had: the decoder is that of `tiger_causal.py`;
 - the encoder reads an item as the sum of its vectors in both streams, each through a matrix of its own;
 - E^b are the item vectors of a SASRec on ids alone, where the paper takes those of a DIN-like model on the same
   sequences: it learns from every event of the training log rather than from drawn negatives, and sees no other;
@@ -60,6 +60,7 @@ from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
 from tiglon.retrieval.index import ExactIndex
 from tiglon.retrieval.prefixes import centred
+from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
@@ -71,7 +72,7 @@ from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
-FORMAT = 1
+FORMAT = 2
 DRAWN = 256  # items beside the target in InfoNCE
 USERS = 64  # answered at once
 ALIKE = 5  # items whose mean behaviour a new item is given
@@ -171,6 +172,11 @@ class CodeSystem:
     def paths(self) -> list[np.ndarray]:
         """For each depth 0 … S−1 the trie's node on the way to each item (N,)."""
         return [self.trie.find(self.ids.codes[:, :depth]) for depth in range(self.trie.depth)]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(N, S), as in `repetition`."""
+        return shares(self.trie, self.ids.codes)
 
     def allowed(self, items: Tensor) -> list[Tensor]:
         """For each position the codes (T, V) that exist below each item's prefix."""
@@ -311,6 +317,10 @@ class Eager(Retriever):
         target = batch.item[batch.target]
         codes = {name: system.codes[batch.item] for name, system in self.systems.items()}
         allowed = {name: system.allowed(target) for name, system in self.systems.items()}
+        had = self.network.repetition.before(batch)
+        returns = {
+            name: Returns.before(had, system.codes, system.shares) for name, system in self.systems.items()
+        }
         tasks, wanted, drawn = self.network.tasks, None, None
         if tasks is not None and tasks.contrast is not None:
             wanted = {name: self._scaled(name, target) for name in codes}
@@ -318,7 +328,7 @@ class Eager(Retriever):
                 others = torch.randint(len(self.items), (DRAWN,))
                 same = others == target[:, None]
                 drawn = {name: (self._scaled(name, others), same) for name in codes}
-        return self.network.losses(codes, batch.moment, batch.target, allowed, wanted, drawn)
+        return self.network.losses(codes, batch.moment, batch.target, allowed, returns, wanted, drawn)
 
     def _scaled(self, name: str, items: Tensor) -> Tensor:
         """(n, C) frozen vectors, with entries of about unit size."""
@@ -355,8 +365,13 @@ class Eager(Retriever):
         width = min(max(k, self.config.beams), len(self.items))
         seen = histories if exclude_seen else None
 
+        returns = {
+            name: Returns.of(self.network.repetition, histories, system.codes, system.shares)
+            for name, system in self.systems.items()
+        }
+
         def step(name: str) -> Step:
-            return streams[name].decoder_for(memories[name], now)
+            return streams[name].decoder_for(memories[name], now, returns[name])
 
         beams = {
             name: beam_search(

@@ -34,6 +34,7 @@ from tiglon.nn.transformer import (
     KeysValues,
     Linear,
 )
+from tiglon.retrieval.repetition import Repetition, Returns
 from tiglon.retrieval.tiger_causal import CausalConfig, CodeDecoder, Memory
 
 BEHAVIOUR, SEMANTIC = "behaviour", "semantic"
@@ -132,6 +133,7 @@ class EagerNetwork(nn.Module):
         self.norm = nn.RMSNorm(c.width, eps=1e-6)
         self.bias = MomentBias(c.heads, c.distances)
         self.dropout = Dropout(c.dropout)
+        self.repetition = Repetition()
         self.tasks = tasks
 
     def encode(self, embedded: Mapping[str, Tensor], moment_BL: Tensor) -> dict[str, Memory]:
@@ -161,12 +163,14 @@ class EagerNetwork(nn.Module):
         moment_BL: Tensor,
         target_BL: Tensor,
         allowed: Mapping[str, Sequence[Tensor]],
+        returns: Mapping[str, Returns],
         wanted: Mapping[str, Tensor] | None = None,
         drawn: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """(T,) losses of the T targets: one a stream, and "contrast" and "transfer" where there are tasks.
 
         codes: by stream (B, L, S).   allowed: by stream the codes (T, V) that exist below each target's prefix.
+        returns: by stream what came before each target.
         wanted: by stream the frozen vectors (T, C) of the targets.
         drawn: by stream the vectors (M, C) of drawn items, and which are the target itself (T, M).
         """
@@ -180,7 +184,8 @@ class EagerNetwork(nn.Module):
         for name, stream in self.streams.items():
             known = embedded[name][:, :, :-1]
             states, past = stream.states(memories[name], known, moment_BL)
-            found[name] = stream.losses(states[target_BL], codes[name][target_BL], allowed[name]).sum(dim=1)
+            given = codes[name][target_BL], allowed[name], returns[name]
+            found[name] = stream.losses(states[target_BL], *given).sum(dim=1)
             if self.tasks is not None:
                 summary = self.tasks.summaries[name]
                 summaries[name] = summary(stream, memories[name], past, embedded[name], moment_BL)[target_BL]

@@ -20,7 +20,7 @@ Deviations:
 - powers keep the sign of negative scores; K' counts events;
 - the softmax runs over the whole catalogue up to 50,000 items, and over drawn ones, corrected, beyond;
 - interests times one learned scale; an empty history has one learned interest (`towers.InterestNetwork`);
-- what one had before is likelier or less likely by a learned weight (`towers.Repetition`).
+- what one had before is likelier or less likely by a learned weight (`repetition`).
 
 Letters: B users, K interests, L history, D width.
 """

@@ -15,7 +15,7 @@ Deviations:
 - relative biases over moments rather than absolute positions; events of one moment (a basket) see each other
   but no target of their own moment; T5's blocks (pre-norm, RMSNorm);
 - a start state, so that first events are targets too and an empty history has an answer;
-- what one had before is likelier or less likely by a learned weight (`towers.Repetition`);
+- what one had before is likelier or less likely by a learned weight (`repetition`);
 - with `vectors`, an item's vector is its own plus its content through one projection that begins as the
   principal axes, as TIGER's prefix vectors do (`towers.ItemTower`); without, ids alone, as published.
 
@@ -37,8 +37,9 @@ from tiglon.errors import ConfigError
 from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import Dropout, EncoderLayer, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
+from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
-from tiglon.retrieval.towers import DenseNetwork, ItemTower, Past, Repetition
+from tiglon.retrieval.towers import DenseNetwork, ItemTower, Past
 from tiglon.retrieval.windows import Batch, overlapping_windows
 from tiglon.train.loop import TrainConfig
 
@@ -104,15 +105,14 @@ class SasRecNetwork(DenseNetwork):
         x_BLD = self.items(batch.item, table)
         state_TD = self.states(x_BLD, batch.moment, batch.moment)[batch.target]
         target = batch.item[batch.target]
-        row = batch.target.nonzero()[:, 0]
-        had = self.repetition(
-            Past(batch.item[row], batch.moment[row], batch.moment[batch.target], batch.user[row])
-        )
+        had = self.repetition.before(batch)
         if table is not None:
             return catalogue_softmax(state_TD, table, target, had)
         assert negatives is not None
         drawn, own = self.items(negatives.item), x_BLD[batch.target]
-        return sampled_softmax(state_TD, own, drawn, target, negatives, had, x_BLD[row])
+        return sampled_softmax(
+            state_TD, own, drawn, target, negatives, had, x_BLD[batch.target.nonzero()[:, 0]]
+        )
 
 
 class SasRec(DenseRetriever):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiglon.errors import ConfigError
+from tiglon.retrieval.repetition import Had
 
 
 class Negatives(NamedTuple):
@@ -43,15 +44,6 @@ class UnigramSampler:
         place = torch.rand(self.number, dtype=torch.float64)
         item = torch.searchsorted(self.cumulative, place, right=True).clamp(max=len(self.log_count) - 1)
         return Negatives(item, self.log_count[item])
-
-
-class Had(NamedTuple):
-    """What came before each target. item: (T, L) int64.   offset: (T, L) float32, what it adds to its item's logit.
-    first: (T, L) bool, where an item of the past stands for the first time; elsewhere there is nothing."""
-
-    item: Tensor
-    offset: Tensor
-    first: Tensor
 
 
 def catalogue_softmax(

@@ -29,6 +29,7 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import beam_search
+from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
@@ -38,7 +39,7 @@ from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ class Tiger(Retriever):
     def loss(self, batch: Batch) -> Tensor:
         """(T, S) −log p of each code of the batch's T targets; a row's sum is −log p(item)."""
         allowed = self._allowed(batch.item[batch.target]) if self.config.renormalise else None
-        return self.network.loss(
-            self._codes[batch.item], batch.moment, batch.target, allowed, user_B=batch.user
-        )
+        sequences = self._codes[batch.item], batch.moment, batch.target, allowed, batch.user
+        if isinstance(self.network, PaperTiger):
+            return self.network.loss(*sequences)
+        had = self.network.repetition.before(batch)
+        return self.network.loss(*sequences, Returns.before(had, self._codes, self._shares))
 
     def _allowed(self, items: Tensor) -> list[Tensor]:
         """For each position the codes (T, V) that exist below each item's prefix."""
@@ -192,6 +195,10 @@ class Tiger(Retriever):
     def _paths(self) -> list[np.ndarray]:
         """For each depth 0 … S−1 the trie's node on the way to each item (N,)."""
         return [self.trie.find(self.ids.codes[:, :depth]) for depth in range(self.trie.depth)]
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        return shares(self.trie, self.ids.codes)
 
     # -- answering -----------------------------------------------------------------------------
 
@@ -238,7 +245,11 @@ class Tiger(Retriever):
         item, moment, now = padded_histories(histories.last(self.config.window))
         network: Any = self.network
         user = None if histories.user is None else torch.from_numpy(histories.user)
-        return network.decoder_for(network.encode(self._codes[item], moment, user), now)
+        memory = network.encode(self._codes[item], moment, user)
+        if isinstance(network, PaperTiger):
+            return network.decoder_for(memory, now)
+        returns = Returns.of(network.repetition, histories, self._codes, self._shares)
+        return network.decoder_for(memory, now, returns)
 
     # -- items that arrive later -----------------------------------------------------------------
 
@@ -266,7 +277,7 @@ class Tiger(Retriever):
         self._forget()
 
     def _forget(self) -> None:
-        for name in ("_codes", "_paths"):
+        for name in ("_codes", "_paths", "_shares"):
             self.__dict__.pop(name, None)
 
     def with_unseen(self, found: Candidates, share: float) -> Candidates:

@@ -21,6 +21,7 @@ Deviations from the paper:
   better than one softmax after the other and a decoder position less;
 - the softmax runs over the codes that exist below the prefix, so that the probabilities of the
   catalogue's items sum to one and no capacity goes to learning which IDs exist;
+- codes of what one had before are likelier or less likely by a learned weight (`repetition`);
 - no user token (reproductions find none is better).
 
 Letters: B users, L history, D width, S code positions, P positions of the decoder, V codes a level,
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
 from tiglon.retrieval.prefixes import Prefixes
+from tiglon.retrieval.repetition import Repetition, Returns
 from tiglon.retrieval.windows import overlapping_windows
 
 if TYPE_CHECKING:
@@ -167,19 +169,27 @@ class CodeDecoder(nn.Module):
             seen.append(now)
         return self.dropout(self.norm_decoder(x)).reshape(B, L, P, -1), seen
 
-    def losses(self, states_TPD: Tensor, truth_TS: Tensor, allowed: Sequence[Tensor] | None) -> Tensor:
-        """(T, S) −log p of each true code, given those before it; `allowed` as `CausalTiger.loss` takes it."""
+    def losses(
+        self,
+        states_TPD: Tensor,
+        truth_TS: Tensor,
+        allowed: Sequence[Tensor] | None,
+        returns: Returns | None = None,
+    ) -> Tensor:
+        """(T, S) −log p of each true code, given those before it; the rest as `CausalTiger.loss` takes it."""
         found = []
         for s in range(len(self.sizes)):
             logits_TV = self.logits(states_TPD[:, self.position(s)], truth_TS[:, :s])
+            if returns is not None:
+                logits_TV = logits_TV + returns.log_factor(truth_TS[:, :s], self.sizes[s])
             if allowed is not None:
                 logits_TV = logits_TV.masked_fill(~allowed[s], HIDDEN)
             found.append(F.cross_entropy(logits_TV, truth_TS[:, s], reduction="none"))
         return torch.stack(found, dim=1)
 
-    def decoder_for(self, memory: Memory, moment_B: Tensor) -> CausalDecoder:
-        """A step function for `beam_search`: B users at their present moments."""
-        return CausalDecoder(self, memory, moment_B)
+    def decoder_for(self, memory: Memory, moment_B: Tensor, returns: Returns | None = None) -> CausalDecoder:
+        """A step function for `beam_search`: B users at their present moments, and what they had."""
+        return CausalDecoder(self, memory, moment_B, returns)
 
 
 class CausalTiger(CodeDecoder):
@@ -209,6 +219,7 @@ class CausalTiger(CodeDecoder):
         self.bias_cross = MomentBias(c.heads, c.distances, S)
         self.bias_self = nn.Parameter(torch.zeros(c.heads, S, S))
         self.dropout = Dropout(c.dropout)
+        self.repetition = Repetition()
 
     windows = staticmethod(overlapping_windows)
 
@@ -231,22 +242,26 @@ class CausalTiger(CodeDecoder):
         target_BL: Tensor,
         allowed: list[Tensor] | None,
         user_B: Tensor | None = None,
+        returns: Returns | None = None,
     ) -> Tensor:
         """(T, S) −log p of each code of the T targets marked in `target_BL`, given the codes before it.
 
         allowed: for each position the codes (T, V) that exist below the target's prefix: the softmax
             runs over them. None runs it over all V.
+        returns: what came before each target; None for nothing.
         """
         with self.prefixes.holding(codes_BLS, pairs=bool(self.paired)):
             states_BLPD = self(self.encode(codes_BLS, moment_BL), codes_BLS, moment_BL)
-            return self.losses(states_BLPD[target_BL], codes_BLS[target_BL], allowed)
+            return self.losses(states_BLPD[target_BL], codes_BLS[target_BL], allowed, returns)
 
 
 class CausalDecoder:
     """One code at a time for B users × W beams; what all beams of a user share is held once."""
 
-    def __init__(self, model: CodeDecoder, memory: Memory, moment_B: Tensor) -> None:
-        self.model = model
+    def __init__(
+        self, model: CodeDecoder, memory: Memory, moment_B: Tensor, returns: Returns | None = None
+    ) -> None:
+        self.model, self.returns = model, returns
         self.layers = [(k.contiguous(), v.contiguous()) for k, v in memory.layers]  # once, not at every step
         self.bias_BHPK = model.bias_cross(moment_B[:, None], memory.moment_BK, own=False)
         self.past: list[KeysValues | None] = [None] * len(model.decoder)
@@ -267,7 +282,10 @@ class CausalDecoder:
         if depth == 0 or model.position(depth) > model.position(depth - 1):
             self.state_BWD = self._advance(model.position(depth))
         logits = model.logits(self.state_BWD.flatten(0, 1), self.written.flatten(0, 1))
-        return logits.unflatten(0, self.written.shape[:2]).numpy()
+        logits = logits.unflatten(0, self.written.shape[:2])
+        if self.returns is not None:
+            logits = logits + self.returns.log_factor(self.written, logits.shape[-1])
+        return logits.numpy()
 
     def _advance(self, position: int) -> Tensor:
         """(B, W, D) states of the decoder's next position."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.interests import disagreement
-from tiglon.nn.transformer import HIDDEN, Dropout
+from tiglon.nn.transformer import Dropout
 from tiglon.retrieval.prefixes import QUIET, centred, principal_axes
-from tiglon.retrieval.softmax import Had, Negatives, catalogue_softmax, sampled_softmax
-from tiglon.retrieval.windows import Batch, histories_moments
-from tiglon.types import Histories
+from tiglon.retrieval.repetition import Repetition
+from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
+from tiglon.retrieval.windows import Batch
 
 OWN = 2 * QUIET  # size of an item's first random vector where content speaks from the start
 
@@ -128,47 +128,6 @@ class HashedUsers(nn.Module):
         return self.vector(torch.where(user < 0, self.buckets, user % self.buckets))
 
 
-class Repetition(nn.Module):
-    """How much likelier, or less likely, than its vector says what one had before is.
-
-    The odds of an item that a user had are multiplied by the sum of a weight exp(w) for each time, w by how many
-    moments ago. Shoes are not bought twice, milk is; a product of vectors cannot say either, as an item is always
-    like itself. Learned with the rest, after the repeat mode of RepeatNet (Ren et al., AAAI 2019,
-    https://arxiv.org/abs/1812.02646), which chooses between repeating and exploring.
-    """
-
-    AGES = (2, 4, 8, 16, 32)  # moments ago at which the next w begins
-    STEP = 10.0  # w has far to go, at a rate of learning made for vectors
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(len(self.AGES) + 1))
-
-    def log_weight(self, age: Tensor) -> Tensor:
-        """w of ages, in moments."""
-        return self.STEP * self.weight[torch.bucketize(age, torch.tensor(self.AGES), right=True)]
-
-    def forward(self, past: Past) -> Had:
-        """What is past, a row a target."""
-        mask, itself = past.mask, torch.eye(past.item.shape[1], dtype=torch.bool)
-        same_TLL = (past.item[:, :, None] == past.item[:, None]) & mask[:, None] | itself
-        log_TL = self.log_weight(past.age)
-        offset = log_TL[:, None].masked_fill(~same_TLL, HIDDEN).logsumexp(dim=2)
-        return Had(past.item, offset, mask & ~same_TLL.tril(diagonal=-1).any(dim=2))
-
-    @torch.no_grad()
-    def of(self, histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What each user had, each item once: owner (S,), item (S,), and its offset (S,) float32."""
-        owner, moment = histories.owner, histories_moments(histories)
-        now = np.zeros(len(histories), np.int64)
-        np.maximum.at(now, owner, moment + 1)
-        weight = self.log_weight(torch.from_numpy(now[owner] - moment)).double().exp().numpy()
-        many = int(histories.item.max(initial=0)) + 1
-        pair, which = np.unique(owner * many + histories.item, return_inverse=True)
-        total = np.bincount(which, weight, minlength=len(pair))
-        return pair // many, pair % many, np.log(total).astype(np.float32)
-
-
 class DenseNetwork(nn.Module, abc.ABC):
     """Items have a vector each, users one or several; a score is the best product.
 
@@ -237,7 +196,7 @@ class InterestNetwork(DenseNetwork):
         interests, present = self.users(past, table)
         target_TD = self.items(target, table)
         user_TD = self.read_out(interests, present, target_TD)
-        had = self.repetition(past)
+        had = self.repetition.before(batch)
         if negatives is None:
             assert table is not None
             loss = catalogue_softmax(user_TD, table, target, had)

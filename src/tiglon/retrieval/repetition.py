@@ -1,0 +1,128 @@
+"""Whether people come back to what they had: shoes are not bought twice, milk is.
+
+A product of vectors cannot say either, as an item is always like itself, and a network that must learn it from
+examples pays with what it could say of other items. Here it is learned beside the network, as odds: those of an item
+that a user had are multiplied by the sum of a weight exp(w) for each time, w by how many moments ago. After the repeat
+mode of RepeatNet (Ren et al., AAAI 2019, https://arxiv.org/abs/1812.02646), which chooses between repeating and exploring.
+
+Where items are written code by code, the odds of a code are multiplied by the mean of that factor over the items below
+it, as if they were equally likely: (K_1 + … + K_m + n − m) / n where m of n were had. At the last code it is exact.
+
+Letters: B users, T targets, L history, M items that a user had, S code positions, V codes of a position, W beams.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tiglon.nn.transformer import HIDDEN
+from tiglon.retrieval.windows import Batch, histories_moments
+from tiglon.semantic_ids.trie import Trie
+from tiglon.types import Histories
+
+AGES = (2, 4, 8, 16, 32)  # moments ago at which the next w begins
+STEP = 10.0  # w has far to go, at a rate of learning made for vectors
+LEAST = 1e-6  # factor of a code
+
+
+class Had(NamedTuple):
+    """What came before each target. item: (T, L) int64.   offset: (T, L) float32, what it adds to its item's logit.
+    first: (T, L) bool, where an item of the past stands for the first time; elsewhere there is nothing."""
+
+    item: Tensor
+    offset: Tensor
+    first: Tensor
+
+
+class Repetition(nn.Module):
+    """log K = log Σ exp(w), at first the logarithm of how often one had an item."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(AGES) + 1))
+
+    def log_weight(self, age: Tensor) -> Tensor:
+        """w of ages, in moments."""
+        return STEP * self.weight[torch.bucketize(age, torch.tensor(AGES), right=True)]
+
+    def forward(self, item_TL: Tensor, age_TL: Tensor, past_TL: Tensor) -> Had:
+        """item: (T, L).   age: moments before the target.   past: (T, L) bool, what is before it."""
+        itself = torch.eye(item_TL.shape[1], dtype=torch.bool)
+        same_TLL = (item_TL[:, :, None] == item_TL[:, None]) & past_TL[:, None] | itself
+        offset = self.log_weight(age_TL)[:, None].masked_fill(~same_TLL, HIDDEN).logsumexp(dim=2)
+        return Had(item_TL, offset, past_TL & ~same_TLL.tril(diagonal=-1).any(dim=2))
+
+    def before(self, batch: Batch) -> Had:
+        """What came before each target of a batch, in their order."""
+        row = batch.target.nonzero()[:, 0]
+        age = batch.moment[batch.target][:, None] - batch.moment[row]
+        return self(batch.item[row], age, age > 0)
+
+    @torch.no_grad()
+    def of(self, histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each user had, each item once: owner (n,) ascending, item (n,), and its offset (n,) float32."""
+        owner, moment = histories.owner, histories_moments(histories)
+        now = np.zeros(len(histories), np.int64)
+        np.maximum.at(now, owner, moment + 1)
+        weight = self.log_weight(torch.from_numpy(now[owner] - moment)).double().exp().numpy()
+        many = int(histories.item.max(initial=0)) + 1
+        pair, which = np.unique(owner * many + histories.item, return_inverse=True)
+        total = np.bincount(which, weight, minlength=len(pair))
+        return pair // many, pair % many, np.log(total).astype(np.float32)
+
+
+def padded(owner: np.ndarray, users: int, value: np.ndarray, fill: float) -> np.ndarray:
+    """Values (n,) of ascending owners (n,) as rows (users, M), filled up."""
+    counts = np.bincount(owner, minlength=users)
+    rows = np.full((users, int(counts.max(initial=0))), fill, value.dtype)
+    rows[owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)] = value
+    return rows
+
+
+# -- code by code ------------------------------------------------------------------------------------------
+
+
+class Returns(NamedTuple):
+    """What was had, in codes. codes: (…, M, S) int64.   gain: (…, M, S), (K − 1) / n of the n items below the first
+    1 … S codes; 0 where there is nothing."""
+
+    codes: Tensor
+    gain: Tensor
+
+    @classmethod
+    def before(cls, had: Had, codes_NS: Tensor, shares_NS: Tensor) -> Returns:
+        """Of the targets of a batch."""
+        gain = torch.where(had.first, had.offset.expm1(), 0.0)
+        return cls(codes_NS[had.item], gain[..., None] * shares_NS[had.item])
+
+    @classmethod
+    def of(cls, repetition: Repetition, histories: Histories, codes_NS: Tensor, shares_NS: Tensor) -> Returns:
+        """Of users (B,), as a decoder of W beams reads it: (B, 1, M, S)."""
+        owner, item, offset = repetition.of(histories)
+        users = len(histories)
+        had = torch.from_numpy(padded(owner, users, item, 0))
+        gain = torch.from_numpy(padded(owner, users, np.expm1(offset), 0.0))
+        return cls(codes_NS[had][:, None], (gain[..., None] * shares_NS[had])[:, None])
+
+    def log_factor(self, before: Tensor, size: int) -> Tensor:
+        """(…, V) what it adds to the logits of the code after `before` (…, s)."""
+        s = before.shape[-1]
+        below = (self.codes[..., :s] == before[..., None, :]).all(dim=-1)
+        gain = torch.where(below, self.gain[..., s], 0.0)
+        total = gain.new_zeros(*gain.shape[:-1], size)
+        total = total.scatter_add(-1, self.codes[..., s].expand(gain.shape), gain)
+        return total.clamp(min=LEAST - 1).log1p()
+
+
+def shares(trie: Trie, codes: np.ndarray) -> Tensor:
+    """(N, S) of items with codes (N, S): one over how many items lie below their first 1 … S codes; 0 for none."""
+    made = np.zeros(codes.shape, np.float32)
+    for s in range(codes.shape[1]):
+        node = trie.find(codes[:, : s + 1])
+        there = node >= 0
+        made[there, s] = 1 / np.maximum(trie.count(node[there], s + 1), 1)
+    return torch.from_numpy(made)

@@ -1,0 +1,129 @@
+"""What one had: weights by hand, in training as in answers; codes as the mean of the items below them."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tiglon.retrieval.repetition import LEAST, STEP, Had, Repetition, Returns, padded, shares
+from tiglon.retrieval.windows import collate, moments
+from tiglon.semantic_ids.trie import Trie
+from tiglon.types import Histories, Interactions, Vocabulary
+
+torch.set_num_threads(1)
+
+WEIGHT = torch.tensor([-0.3, 0.5, 0.1, -0.2, 0.4, 0.0])
+LIFE = [(4, 0), (4, 1), (9, 1), (4, 2), (2, 3), (9, 3), (5, 4)]  # item, moment; the next moment is 5
+AT_5 = {
+    4: [2, 2, 1],
+    9: [2, 1],
+    2: [1],
+    5: [0],
+}  # item: the bucket of each time, 5, 4, 3; 4, 2; 2; 1 moments ago
+
+
+def repetition():
+    made = Repetition()
+    made.weight.data.copy_(WEIGHT)
+    return made
+
+
+def log_k(buckets):
+    return math.log(sum(math.exp(STEP * WEIGHT[b].item()) for b in buckets))
+
+
+def test_what_one_had_is_weighed_by_when():
+    items, times = (np.array(x) for x in zip(*LIFE, (8, 0), (8, 0), strict=True))
+    histories = Histories(np.array([0, 7, 7, 9]), items, times)
+    owner, item, offset = repetition().of(histories)
+    found = dict(zip(zip(owner.tolist(), item.tolist(), strict=True), offset.tolist(), strict=True))
+    by_hand = {(0, i): log_k(buckets) for i, buckets in AT_5.items()} | {(2, 8): log_k([0, 0])}
+    assert found == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_ages_begin_where_they_say():
+    bucket = {1: 0, 2: 1, 3: 1, 4: 2, 7: 2, 8: 3, 15: 3, 16: 4, 31: 4, 32: 5, 1000: 5}
+    found = repetition().log_weight(torch.tensor(list(bucket))) / STEP
+    torch.testing.assert_close(found, WEIGHT[list(bucket.values())])
+
+
+def test_training_sees_what_an_answer_would():
+    """Of each target what came before its moment, not its own basket, nothing later."""
+    items, times = zip(*LIFE, strict=True)
+    log = Interactions(np.zeros(7, np.int32), np.array(items, np.int32), np.array(times), Vocabulary(["u"]),
+                       Vocabulary(list(range(10))))  # fmt: skip
+    rows = log.item, moments(log), np.ones(7, bool), np.zeros(7, np.int64)
+    had = repetition().before(collate(*rows, np.array([[0, 7, 0]]), 9))
+    for t, (_, moment) in enumerate(LIFE):
+        past = [(i, m) for i, m in LIFE if m < moment]
+        if past:
+            history = Histories.of([[i for i, _ in past]])
+            history = Histories(history.offsets, history.item, np.array([m for _, m in past]))
+            # an answer is asked for right after the last moment, and so is a target: no moment lies between
+            _, item, offset = repetition().of(history)
+            expected = dict(zip(item.tolist(), offset.tolist(), strict=True))
+        else:
+            expected = {}
+        there = had.first[t]
+        found = zip(had.item[t][there].tolist(), had.offset[t][there].tolist(), strict=True)
+        assert dict(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_are_filled_up():
+    owner, value = np.array([0, 0, 2, 2, 2]), np.array([5, 1, 9, 8, 7])
+    assert padded(owner, 4, value, -1).tolist() == [[5, 1, -1], [-1, -1, -1], [9, 8, 7], [-1, -1, -1]]
+    assert padded(owner[:0], 2, value[:0], 0).shape == (2, 0)
+
+
+# -- code by code ------------------------------------------------------------------------------------------
+
+SIZES = (3, 2, 4)
+CODES = (
+    np.random.default_rng(0).permutation(list(itertools.product(*map(range, SIZES))))[:17].astype(np.int32)
+)
+
+
+def test_an_items_share_is_one_over_those_who_share_its_codes():
+    found = shares(Trie.build(CODES, SIZES), CODES)
+    for i, s in np.ndindex(*CODES.shape):
+        together = (CODES[:, : s + 1] == CODES[i, : s + 1]).all(axis=1).sum()
+        assert found[i, s] == pytest.approx(1 / together)
+    gone = Trie.build(CODES, SIZES).remove(np.array([4]))
+    assert shares(gone, CODES)[4, -1] == 0
+
+
+def test_a_codes_factor_is_the_mean_over_the_items_below_it():
+    codes = torch.from_numpy(CODES.astype(np.int64))
+    weight = shares(Trie.build(CODES, SIZES), CODES)
+    item = torch.tensor([[3, 8, 3, 11, 0], [0, 0, 0, 0, 0]])
+    first = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    offset = torch.tensor([[0.7, -4.0, 9.0, -60.0, 9.0], [9.0] * 5])
+    returns = Returns.before(Had(item, offset, first), codes, weight)
+    factor = {3: math.exp(0.7), 8: math.exp(-4.0), 11: 0.0}
+    for s, size in enumerate(SIZES):
+        for before in itertools.product(*map(range, SIZES[:s])):
+            found = returns.log_factor(torch.tensor([before, before]).view(2, s), size)
+            for code in range(size):
+                below = np.flatnonzero((CODES[:, : s + 1] == (*before, code)).all(axis=1))
+                mean = np.mean([factor.get(i, 1.0) for i in below]) if len(below) else 1.0
+                assert found[0, code].item() == pytest.approx(math.log(max(mean, LEAST)), abs=0.02)
+    assert (found[1] == 0).all()
+
+
+def test_beams_read_what_their_user_had():
+    codes = torch.from_numpy(CODES.astype(np.int64))
+    weight = shares(Trie.build(CODES, SIZES), CODES)
+    histories = Histories.of([[3, 8, 3], [], [11]])
+    returns = Returns.of(repetition(), histories, codes, weight)
+    before = torch.randint(0, 2, (3, 6, 2), generator=torch.Generator().manual_seed(0))
+    found = returns.log_factor(before, SIZES[2])
+    assert found.shape == (3, 6, SIZES[2])
+    for b in range(3):
+        alone = Returns.of(repetition(), histories.take(slice(b, b + 1)), codes, weight)
+        for w in range(6):
+            one = alone.log_factor(before[b : b + 1, w : w + 1], SIZES[2])[0, 0]
+            torch.testing.assert_close(found[b, w], one)
+    assert found[0].any()
+    assert not found[1].any()
