@@ -71,6 +71,21 @@ def test_training_sees_what_an_answer_would():
         assert dict(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_alone_it_learns_how_likely_it_is():
+    """Users who had one item, of ten alike: of those who had it a moment ago 60% take it again, of the others 1%."""
+    made, users = Repetition(), 1000
+    age = torch.where(torch.arange(users) < 500, 1, 5)[:, None]
+    again = torch.cat([torch.arange(500) < 300, torch.arange(500) < 5])
+    item = torch.where(again, 3, 4)
+    everyone = torch.arange(users)
+    had = torch.full((users, 1), 3), age, age > 0
+    made.learn_alone(
+        had, torch.zeros(users, 1), torch.full((users,), 9.0).log(), (everyone, item, torch.zeros(users))
+    )
+    k = made.log_weight(torch.tensor([1, 5])).exp()
+    torch.testing.assert_close(k / (k + 9), torch.tensor([0.6, 0.01]), rtol=1e-2, atol=1e-3)
+
+
 def test_rows_are_filled_up():
     owner, value = np.array([0, 0, 2, 2, 2]), np.array([5, 1, 9, 8, 7])
     assert padded(owner, 4, value, -1).tolist() == [[5, 1, -1], [-1, -1, -1], [9, 8, 7], [-1, -1, -1]]

@@ -122,6 +122,22 @@ def test_it_learns_what_follows_what_from_the_batch_alone():
     assert evaluate(learned, split.test, ks=(1,)).metrics["recall@1"] > 0.9
 
 
+@pytest.mark.parametrize("again", [0.0, 0.5])
+def test_it_learns_last_whether_people_come_back(again):
+    rng = np.random.default_rng(0)
+    lives = np.array([rng.permutation(N)[:8] for _ in range(200)])
+    for at in range(1, 8):
+        repeat = rng.random(200) < again
+        lives[repeat, at] = lives[repeat, at - 1]
+    users = Vocabulary([f"u{i}" for i in range(200)])
+    who, when = np.repeat(np.arange(200), 8).astype(np.int32), np.tile(np.arange(8), 200)
+    split = leave_last_out(Interactions(who, lives.ravel().astype(np.int32), when, users, ITEMS))
+    learned = make(None).fit(split.train, split.validation)
+    p = torch.from_numpy(learned.score(split.test.histories) / learned.config.temperature).softmax(dim=1)
+    last = p[torch.arange(200), torch.from_numpy(lives[:, 6])].mean().item()
+    assert last == pytest.approx(again, abs=0.1)
+
+
 def test_untrained_and_with_content_it_finds_what_is_alike_new_items_too():
     made = make(users=0)
     with torch.no_grad():

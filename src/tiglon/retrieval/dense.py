@@ -179,9 +179,8 @@ class DenseRetriever(Retriever):
         scores = interests @ self.vectors().T
         scores[~present] = -np.inf
         best = scores.max(axis=1)
-        if self.network.repetition is not None:
-            owner, item, offset = self.network.repetition.of(histories)
-            best[owner, item] += offset
+        owner, item, offset = self.network.repetition.of(histories)
+        best[owner, item] += self.network.temperature * offset
         return best
 
     def retrieve(
@@ -193,10 +192,8 @@ class DenseRetriever(Retriever):
         for start in range(0, max(len(histories), 1), 256):
             some = histories.take(slice(start, start + 256))
             interests, present = self.users(some)
-            apart = exclude_seen or self.network.repetition is not None
-            seen = some if apart else None
-            best = self._ready()[2].search(interests, k, present=present, seen=seen, deny=deny)
-            if apart and not exclude_seen:
+            best = self._ready()[2].search(interests, k, present=present, seen=some, deny=deny)
+            if not exclude_seen:
                 best = self._with_had(best, some, interests, present, deny)
             item.append(best.item)
             score.append(best.score)
@@ -221,14 +218,13 @@ class DenseRetriever(Retriever):
         self, histories: Histories, interests: np.ndarray, present: np.ndarray, deny: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What each user had and may get: owner (S,) ascending, item (S,), score (S,) float32."""
-        assert self.network.repetition is not None
         owner, item, offset = self.network.repetition.of(histories)
         if deny is not None:
             allowed = ~deny[item]
             owner, item, offset = owner[allowed], item[allowed], offset[allowed]
         product = np.einsum("skd,sd->sk", interests[owner], self._ready()[1][item])
         product[~present[owner]] = -np.inf
-        return owner, item, product.max(axis=1, initial=-np.inf) + offset
+        return owner, item, product.max(axis=1, initial=-np.inf) + self.network.temperature * offset
 
     def similar_items(self, items: np.ndarray, k: int) -> Candidates:
         """The k items whose vectors are most alike (cosine) to each of these dense items (B,)."""

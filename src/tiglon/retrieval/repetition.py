@@ -13,6 +13,7 @@ Letters: B users, T targets, L history, M items that a user had, S code position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,29 @@ class Repetition(nn.Module):
         row = batch.target.nonzero()[:, 0]
         age = batch.moment[batch.target][:, None] - batch.moment[row]
         return self(batch.item[row], age, age > 0)
+
+    def learn_alone(
+        self, had: Sequence[Tensor], score_BL: Tensor, others_B: Tensor, truth: Sequence[Tensor]
+    ) -> None:
+        """Learn w where all else is fixed: the maximum of the likelihood of what came next.
+
+        had: as `forward` takes it, what B users had.   score: (B, L) its logits.   others: (B,) log Σ exp of the
+        logits of all other items.   truth: user (T,), item (T,) and logit (T,) of what came next.
+        """
+        user_T, item_T, score_T = truth
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            item, offset, first = self(*had)
+            had_B = (score_BL + offset).masked_fill(~first, HIDDEN).logsumexp(dim=1)
+            own_TL = first[user_T] & (item[user_T] == item_T[:, None])
+            gained_T = torch.where(own_TL, offset[user_T], 0.0).sum(dim=1)
+            value = (torch.logaddexp(others_B, had_B)[user_T] - score_T - gained_T).mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
 
     @torch.no_grad()
     def of(self, histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

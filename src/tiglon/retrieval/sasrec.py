@@ -68,8 +68,6 @@ class SasRecConfig(DenseConfig):
 class SasRecNetwork(DenseNetwork):
     """items: N.   content: as in `ItemTower`."""
 
-    repetition: Repetition
-
     def __init__(self, items: int, config: SasRecConfig, content: np.ndarray | int | None = None) -> None:
         super().__init__()
         c = config

@@ -131,11 +131,12 @@ class HashedUsers(nn.Module):
 class DenseNetwork(nn.Module, abc.ABC):
     """Items have a vector each, users one or several; a score is the best product.
 
-    repetition: what is added to it where the user had the item; None: nothing.
+    repetition: what is added to its logit where the user had the item.   temperature: score of a logit of 1.
     """
 
     items: ItemTower
-    repetition: Repetition | None
+    repetition: Repetition
+    temperature: float = 1.0
 
     def vectors(self) -> Tensor:
         """(N, D) of the items, as they are scored."""
@@ -159,8 +160,6 @@ class InterestNetwork(DenseNetwork):
     Interests are multiplied by one learned scale, because capsules are shorter than 1 and a softmax over
     such products cannot be sharp. An empty history has one learned interest.
     """
-
-    repetition: Repetition
 
     def __init__(
         self, items: int, width: int, dropout: float, weight: float, content: np.ndarray | int | None

@@ -20,6 +20,8 @@ Deviations:
   negatives too; all are corrected for how often they are expected in that mixture;
 - the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user is known to
   like is no negative;
+- what one had before is likelier or less likely by a weight that is learned last, on the validation (`repetition`): no
+  batch says it;
 - the frequency estimate counts examples, not batches (`frequency.py`);
 - no rewards: every event weighs the same.
 
@@ -30,7 +32,10 @@ Letters: B users, L history, D width, T targets, C candidates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -41,10 +46,17 @@ from tiglon.errors import ConfigError
 from tiglon.nn.transformer import HIDDEN, Dropout, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
 from tiglon.retrieval.frequency import FrequencyEstimator
+from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, accidental_hits, in_batch_softmax
 from tiglon.retrieval.towers import DenseNetwork, HashedUsers, ItemTower, Past
-from tiglon.retrieval.windows import Batch
-from tiglon.train.loop import TrainConfig
+from tiglon.retrieval.windows import Batch, padded_histories
+from tiglon.train.loop import Progress, TrainConfig
+from tiglon.types import Interactions, Targets
+
+if TYPE_CHECKING:
+    from typing import Self
+
+RECENT = 100  # events of a life of which it is learned whether people come back
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,8 @@ class TwoTowerNetwork(DenseNetwork):
         self.wo = Linear(c.hidden, c.width, 0.1 * c.hidden**-0.5)
         self.dropout = Dropout(c.dropout)
         self.frequency = FrequencyEstimator(rate=c.rate)
-        self.repetition = (
-            None  # what one had is no negative of the batch, so there is nothing to learn it from
-        )
+        self.repetition = Repetition()  # learned last: what one had is no negative of a batch
+        self.temperature = c.temperature
 
     def vectors(self) -> Tensor:
         return F.normalize(self.items.table(), dim=-1)
@@ -137,8 +148,43 @@ class TwoTower(DenseRetriever):
     def _network(self, content: np.ndarray | int | None) -> TwoTowerNetwork:
         return TwoTowerNetwork(len(self.items), self.config, content)
 
-    def _samples(self) -> bool:
-        return False  # it brings its own
+    def fit(
+        self,
+        interactions: Interactions,
+        validation: Targets | None = None,
+        *,
+        directory: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """As `DenseRetriever.fit`; then whether people come back, from the users of `validation`, if there are any."""
+        super().fit(interactions, validation, directory=directory, report=report)
+        if validation is not None and len(validation):
+            rows = np.random.default_rng(self.config.train.seed).permutation(len(validation))
+            self._learn_repetition(validation.take(np.sort(rows[: self.config.validation_users])))
+        return self
+
+    def _learn_repetition(self, targets: Targets) -> None:
+        """Of the most recent events of each life, with all else as it is."""
+        had, truth = targets.histories.last(RECENT), targets.truth
+        item_BL, moment_BL, now_B = padded_histories(had)
+        age_BL = now_B[:, None] - moment_BL
+        scores, others, wanted = [], [], []
+        vectors = self.vectors().T / self.config.temperature
+        for start in range(0, len(had), 64):
+            rows = slice(start, start + 64)
+            logits = self.users(targets.histories.take(rows))[0][:, 0] @ vectors
+            some, next_ones = had.take(rows), truth.take(rows)
+            scores.append(np.take_along_axis(logits, item_BL[rows].numpy(), axis=1))
+            wanted.append(logits[next_ones.owner, next_ones.item])
+            logits[some.owner, some.item] = -np.inf
+            others.append(torch.from_numpy(logits).logsumexp(dim=1))
+        owner, item = torch.from_numpy(truth.owner), torch.from_numpy(truth.item.astype(np.int64))
+        self.network.repetition.learn_alone(
+            (item_BL, age_BL, age_BL > 0),
+            torch.from_numpy(np.concatenate(scores)),
+            torch.cat(others),
+            (owner, item, torch.from_numpy(np.concatenate(wanted))),
+        )
 
 
 def _mean(x_BLD: Tensor, logit_BL: Tensor, mask_BL: Tensor) -> Tensor:
