@@ -175,7 +175,7 @@ def _others(events: int, items: int) -> dict[str, Any]:
     An epoch of SASRec costs the events times the catalogue, and what a state costs; that of the others the events.
     """
     small = events < 50_000
-    epochs = 1.2e10 / (max(events, 1) * (items + 5_000))
+    epochs = 2e10 / (max(events, 1) * (items + 5_000))
     sasrec = TrainConfig(
         epochs=int(min(20, max(1, epochs))), minutes=None if epochs > 0.5 else 5.0, evaluations=4
     )
