@@ -91,6 +91,7 @@ class Live:
         engine.recommend(RecommendRequest.model_validate({"history": [], "k": 1, "request_id": "warm"}))
         with self._lock:
             engine, place = self._caught_up(engine, place, folder)
+            self.trouble = ""  # before the bundle that ends it can be seen
             old, self.engine, self._place, self._folder = self.engine, engine, place, folder
         note("bundle swapped", old=old.bundle.version, new=engine.bundle.version)
         self._on_swap(old.bundle.version, engine.bundle.version)
