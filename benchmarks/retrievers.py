@@ -91,9 +91,8 @@ def run(data: str, folder: Path, minutes: float, changes: dict[str, str], consol
             reporter=Teller(console),
         )
     bundle = Bundle.load(path)
-    other = to_json(
-        bundle.evaluate("test", exclude_seen=not bundle.exclude_seen), "test"
-    )  # training did the one
+    # training measured one mode
+    other = to_json(bundle.evaluate("test", exclude_seen=not bundle.exclude_seen), "test")
     modes = ("masked", "unmasked") if bundle.exclude_seen else ("unmasked", "masked")
     rows = dict(zip(modes, (bundle.metrics, other), strict=True))
     costs = {name: cost(bundle, name) for name in ("tiger", *bundle.others)}

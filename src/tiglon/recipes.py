@@ -148,7 +148,8 @@ def tiger(events: int = 150_000, items: int = 12_000) -> Recipe:
 
     Command   tiglon train --interactions F --items G --out BUNDLE
     Hardware  one thread (AVX-512, AMX bfloat16) of a busy machine: half an hour on Beauty's 154k events
-    Score     test, nothing masked, Recall@10 and NDCG@10: Beauty .0903, .0497 (one seed; docs/log.md)
+    Score     test, nothing masked, Recall@10 and NDCG@10: Beauty .0903, .0497 (one seed, 12.6 minutes of two
+              threads; docs/log.md)
     """
     if events < 50_000:
         model = CausalConfig(width=64, heads=2, hidden=256, encoder_layers=2, decoder_layers=2)

@@ -1,6 +1,7 @@
 """What every retriever promises. A new one joins with a line in RETRIEVERS: a function from a tiny world
 (training log, catalogue) to the fitted retriever."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import polars as pl
 import pytest
 
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import ConfigError, UnknownIdError
+from tiglon.errors import BundleVersionError, ConfigError, UnknownIdError
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
 from tiglon.retrieval.eager import Eager, EagerConfig, eager_ids
 from tiglon.retrieval.mind import Mind, MindConfig
@@ -229,3 +230,12 @@ def test_a_catalogue_of_one_item(factory):
     histories = Histories.of([[], [0]])
     assert retriever.retrieve(histories, 3, exclude_seen=False).item.max() == 0
     assert (retriever.retrieve(histories, 3).item[1] == MISSING).all()
+
+
+def test_networks_of_an_older_format_say_so(fitted, tmp_path):
+    fitted.save(tmp_path / "kept")
+    about = tmp_path / "kept" / "retriever.json"
+    if about.is_file() and (kept := json.loads(about.read_text()))["format"] > 1:
+        about.write_text(json.dumps(kept | {"format": 1}))
+        with pytest.raises(BundleVersionError, match=r"of format 1 .* reads formats from 2.* Train it anew"):
+            type(fitted).load(tmp_path / "kept")

@@ -54,12 +54,12 @@ def _refused(directory: Path, error: OSError) -> StorageError:
 
 @contextlib.contextmanager
 def reading(
-    directory: Path, file: str, known: int, *, what: str, rule: str, fix: str
+    directory: Path, file: str, known: int, *, what: str, rule: str, fix: str, oldest: int = 1
 ) -> Iterator[dict[str, Any]]:
     """What the JSON `file` says of a folder, for a block that reads the rest of it.
 
-    known: the newest format that can be read.   what: the folder's content, with its article.   rule, fix: of the error.
-    Raises BundleVersionError for a newer format, and BundleDamagedError for whatever goes wrong inside the block.
+    known, oldest: the newest format that can be read, and the first.   what: the folder's content, with its article.   rule, fix: of the error.
+    Raises BundleVersionError for another format, and BundleDamagedError for whatever goes wrong inside the block.
     """
     try:
         about = json.loads((directory / file).read_text(encoding="utf-8"))
@@ -68,6 +68,12 @@ def reading(
                 f"{what} of format {about['format']} in {directory}",
                 rule=f"This Tiglon reads formats up to {known}",
                 fix="Update Tiglon",
+            )
+        if about["format"] < oldest:
+            raise BundleVersionError(
+                f"{what} of format {about['format']} in {directory}",
+                rule=f"This Tiglon reads formats from {oldest}; networks have learned more since",
+                fix="Train it anew",
             )
         yield about
     except BundleError:

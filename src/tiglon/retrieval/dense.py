@@ -276,6 +276,7 @@ class DenseRetriever(Retriever):
             directory,
             "retriever.json",
             FORMAT,
+            oldest=FORMAT,
             what="a retriever",
             rule=f"A {cls.__name__} has retriever.json, items.parquet and network.safetensors",
             fix="Copy the folder again, or fit anew",

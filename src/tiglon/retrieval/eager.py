@@ -482,6 +482,7 @@ class Eager(Retriever):
             directory,
             "retriever.json",
             FORMAT,
+            oldest=FORMAT,
             what="a retriever",
             rule="An Eager has retriever.json, items.parquet, network.safetensors, vectors.safetensors and a folder "
             "a stream",

@@ -335,6 +335,7 @@ class Tiger(Retriever):
             directory,
             "retriever.json",
             FORMAT,
+            oldest=FORMAT,
             what="a retriever",
             rule="A Tiger has retriever.json, items.parquet, ids.safetensors and network.safetensors",
             fix="Copy the folder again, or fit anew",
