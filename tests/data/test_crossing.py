@@ -150,12 +150,15 @@ def test_products_of_different_rows_are_refused():
 def test_a_product_is_coded_and_pooled():
     offsets, *pairs = cartesian(Multi.of(ROWS), Multi.of(OTHER))
     cross = CrossId.fit(pairs)
+    torch.manual_seed(0)
     table = torch.nn.EmbeddingBag(cross.size, 3, mode="sum")
     with torch.no_grad():
         pooled = table(torch.from_numpy(cross.codes(pairs)), torch.from_numpy(offsets[:-1].astype(np.int32)))
         for r, (a, b) in enumerate(zip(ROWS, OTHER, strict=True)):
             each = [cross.codes([np.array([x]), np.array([y])])[0] for x, y in itertools.product(a, b)]
-            assert torch.allclose(pooled[r], table.weight[each].sum(0))
+            torch.testing.assert_close(
+                pooled[r], table.weight[each].sum(0)
+            )  # to rounding: sums in another order
 
 
 # -- declared in a schema ----------------------------------------------------------------------------------
