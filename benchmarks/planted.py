@@ -5,11 +5,14 @@
 In `tiglon.data.lives.planted` twenty behaviours decide a candidate: of its topic and watched to the end. A hundredth
 of the life are decoys of the same topic, watched badly, and the newest fifty tell nothing. Every unit learns on lives
 of --learn behaviours with --decoys of each candidate's topic, more than a search keeps, and is asked at each length,
-on other users. "found" is the share of deciding behaviours
-among those that a two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
+on other users; each seed is a world of its own. "found" is the share of deciding behaviours among those that a
+two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
 
 TWIN V2 learns from half of the requests behaviour by behaviour, and from the rest, as it is asked, on lives clustered by
-its own item vectors in five groups of completion, uncapped; it alone is asked at --v2-length too. `--out` keeps the rows; those that stand there are not run again.
+its own item vectors in five groups of completion, uncapped. As it keeps clusters, its lives have more decoys than fill
+these: --v2-decoys. It alone is asked at --v2-length too.
+
+Rows go to --out as they finish, and those that stand there are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument("--units", nargs="+", default=list(UNITS))
     parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
+    parser.add_argument("--v2-decoys", type=int, default=2_000, help="the same for TWIN V2")
     parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
@@ -61,30 +66,29 @@ def main() -> None:
         if given.out and given.out.is_file()
         else []
     )
-    learn = planted(given.learn, given.requests, DECIDING, seed=1, decoys=given.decoys)
-    rankers: dict[tuple[str, int], LifelongRanker] = {}
-    for length in [*given.lengths, given.v2_length]:
-        world = None
-        for seed in given.seeds:
-            for unit in given.units if length in given.lengths else [CLUSTERED] * (CLUSTERED in given.units):
-                key = {
-                    "unit": unit,
-                    "length": length,
-                    "seed": seed,
-                    "learn": given.learn,
-                    "decoys": given.decoys,
-                    "requests": given.requests,
-                    "epochs": given.epochs,
-                }
-                if any(key.items() <= row.items() for row in rows):
-                    continue
-                world = world or asked(length, learn)
-                if (unit, seed) not in rankers:
-                    rankers[unit, seed] = learned(unit, learn, seed, given.epochs)
-                row = key | measured(rankers[unit, seed], world)
+    for seed in given.seeds:
+        for unit in given.units:
+            decoys = given.v2_decoys if unit == CLUSTERED else given.decoys
+            told = {
+                "learn": given.learn,
+                "decoys": decoys,
+                "requests": given.requests,
+                "epochs": given.epochs,
+            }
+            lengths = [*given.lengths, given.v2_length] if unit == CLUSTERED else given.lengths
+            keys = [{"unit": unit, "length": length, "seed": seed} | told for length in lengths]
+            keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
+            if not keys:
+                continue
+            learn = planted(given.learn, given.requests, DECIDING, seed=2 * seed + 100, decoys=decoys)
+            began = time.monotonic()
+            ranker = learned(unit, learn, seed, given.epochs)
+            print(f"{unit}, seed {seed}: learned in {time.monotonic() - began:.0f} s", flush=True)
+            for key in keys:
+                row = key | measured(ranker, asked(key["length"], learn, 2 * seed + 101))
                 rows.append(row)
                 found = "" if row["found"] is None else f", found {row['found']:.3f}"
-                print(f"{unit}, {length:,} behaviours, seed {seed}: AUC {row['auc']:.3f}{found}", flush=True)
+                print(f"  {key['length']:,} behaviours: AUC {row['auc']:.3f}{found}", flush=True)
                 if given.out:
                     given.out.parent.mkdir(parents=True, exist_ok=True)
                     with given.out.open("a") as file:
@@ -92,10 +96,10 @@ def main() -> None:
     show(rows)
 
 
-def asked(length: int, learn: Planted) -> Planted:
+def asked(length: int, learn: Planted, seed: int) -> Planted:
     """Lives of other users, the fewer the longer they are."""
     requests = min(MOST_REQUESTS, max(BEHAVIOURS // length, 20))
-    return planted(length, requests, DECIDING, seed=2, features=learn.task.features)
+    return planted(length, requests, DECIDING, seed=seed, features=learn.task.features)
 
 
 def learned(unit: str, learn: Planted, seed: int, epochs: int) -> LifelongRanker:

@@ -129,16 +129,21 @@ def test_a_codes_factor_is_the_mean_over_the_items_below_it():
 
 def test_beams_read_what_their_user_had():
     codes = torch.from_numpy(CODES.astype(np.int64))
-    weight = shares(Trie.build(CODES, SIZES), CODES)
+    trie = Trie.build(CODES, SIZES)
     histories = Histories.of([[3, 8, 3], [], [11]])
-    returns = Returns.of(repetition(), histories, codes, weight)
+    returns = Returns.of(repetition(), histories, codes, trie)
     before = torch.randint(0, 2, (3, 6, 2), generator=torch.Generator().manual_seed(0))
     found = returns.log_factor(before, SIZES[2])
     assert found.shape == (3, 6, SIZES[2])
     for b in range(3):
-        alone = Returns.of(repetition(), histories.take(slice(b, b + 1)), codes, weight)
+        alone = Returns.of(repetition(), histories.take(slice(b, b + 1)), codes, trie)
         for w in range(6):
             one = alone.log_factor(before[b : b + 1, w : w + 1], SIZES[2])[0, 0]
             torch.testing.assert_close(found[b, w], one)
     assert found[0].any()
     assert not found[1].any()
+    share = shares(trie, CODES)
+    for item, gain in zip((3, 8), returns.gain[0, 0], strict=False):
+        assert (gain / share[item]).std() < 1e-6  # (K − 1) / n at every position
+    nobody = Returns.of(repetition(), Histories.of([[], []]), codes, trie)
+    assert not nobody.log_factor(torch.zeros(2, 1, 0, dtype=torch.int64), SIZES[0]).any()

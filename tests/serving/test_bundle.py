@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from tiglon.data.histories import HistoryStore
+from tiglon.data.split import leave_last_out
 from tiglon.errors import (
     BundleDamagedError,
     BundleVersionError,
@@ -16,7 +17,7 @@ from tiglon.errors import (
     SchemaError,
     UnknownIdError,
 )
-from tiglon.evaluation.protocol import to_json
+from tiglon.evaluation.protocol import evaluate, to_json
 from tiglon.retrieval.neighbours import Repeats
 from tiglon.retrieval.retriever import Retriever
 from tiglon.serving.bundle import Bundle, matching_id
@@ -117,6 +118,24 @@ def test_evaluating_again_gives_the_metrics_of_the_training(bundle):
     stored = {key: bundle.metrics[key] for key in ("split", "users", "rows", "lead")}
     assert to_json(rows, "test") == stored
     assert asked[-1] == ("funnel", 1.0)
+
+
+def test_evaluating_asks_a_network_once_and_says_what_it_says_alone(bundle, monkeypatch):
+    asked = []
+    real = type(bundle.tiger).retrieve
+
+    def counted(self, histories, k, **options):
+        asked.append(len(histories))
+        return real(self, histories, k, **options)
+
+    monkeypatch.setattr(type(bundle.tiger), "retrieve", counted)
+    rows = {row.name: row for row in bundle.evaluate()}
+    test = leave_last_out(bundle.log()).test
+    assert sum(asked) == (test.truth.lengths > 0).sum()
+    for retriever in bundle.retrievers(bundle.exclude_seen):
+        alone = evaluate(retriever, test, exclude_seen=bundle.exclude_seen)
+        for metric, values in alone.per_user.items():
+            assert np.array_equal(values, rows[retriever.name].per_user[metric]), (retriever.name, metric)
 
 
 def test_repeats_stand_in_the_table_where_seen_items_do(bundle):

@@ -366,7 +366,7 @@ class Eager(Retriever):
         seen = histories if exclude_seen else None
 
         returns = {
-            name: Returns.of(self.network.repetition, histories, system.codes, system.shares)
+            name: Returns.of(self.network.repetition, histories, system.codes, system.trie)
             for name, system in self.systems.items()
         }
 

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.transformer import HIDDEN
 from tiglon.retrieval.windows import Batch, histories_moments
 from tiglon.semantic_ids.trie import Trie
-from tiglon.types import Histories
+from tiglon.types import MISSING, Histories
 
 AGES = (2, 4, 8, 16, 32)  # moments ago at which the next w begins
 STEP = 10.0  # w has far to go, at a rate of learning made for vectors
@@ -124,13 +125,16 @@ class Returns(NamedTuple):
         return cls(codes_NS[had.item], gain[..., None] * shares_NS[had.item])
 
     @classmethod
-    def of(cls, repetition: Repetition, histories: Histories, codes_NS: Tensor, shares_NS: Tensor) -> Returns:
+    def of(cls, repetition: Repetition, histories: Histories, codes_NS: Tensor, trie: Trie) -> Returns:
         """Of users (B,), as a decoder of W beams reads it: (B, 1, M, S)."""
         owner, item, offset = repetition.of(histories)
-        users = len(histories)
-        had = torch.from_numpy(padded(owner, users, item, 0))
-        gain = torch.from_numpy(padded(owner, users, np.expm1(offset), 0.0))
-        return cls(codes_NS[had][:, None], (gain[..., None] * shares_NS[had])[:, None])
+        codes_nS = codes_NS[item]
+        gain_nS = torch.from_numpy(np.expm1(offset))[:, None] * shares(trie, codes_nS.numpy())
+        at = torch.from_numpy(
+            padded(owner, len(histories), np.arange(len(item)), MISSING)
+        )  # the last: nothing
+        codes, gain = (F.pad(rows, (0, 0, 0, 1))[at][:, None] for rows in (codes_nS, gain_nS))
+        return cls(codes, gain)
 
     def log_factor(self, before: Tensor, size: int) -> Tensor:
         """(…, V) what it adds to the logits of the code after `before` (…, s)."""

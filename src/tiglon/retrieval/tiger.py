@@ -248,7 +248,7 @@ class Tiger(Retriever):
         memory = network.encode(self._codes[item], moment, user)
         if isinstance(network, PaperTiger):
             return network.decoder_for(memory, now)
-        returns = Returns.of(network.repetition, histories, self._codes, self._shares)
+        returns = Returns.of(network.repetition, histories, self._codes, self.trie)
         return network.decoder_for(memory, now, returns)
 
     # -- items that arrive later -----------------------------------------------------------------

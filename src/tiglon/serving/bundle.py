@@ -57,7 +57,7 @@ from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.comirec import ComiRec
 from tiglon.retrieval.eager import Eager
 from tiglon.retrieval.mind import Mind
-from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
+from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec
 from tiglon.retrieval.tiger import Tiger
@@ -69,12 +69,14 @@ from tiglon.semantic_ids.tokenizer import Tokenizer
 from tiglon.serving import funnel as funnels
 from tiglon.serving.funnel import Funnel, FunnelConfig, Fusion
 from tiglon.serving.lifelong import Lifelong
+from tiglon.serving.remembered import Remembered, Remembering
 from tiglon.types import MISSING, Interactions, Items, Targets, Vocabulary
 
 if TYPE_CHECKING:
     from tiglon.serving.engine import Engine
 
 FORMAT = 1
+_LISTS = 400_000  # remembered while retrievers are measured: half a gigabyte at most
 
 # Retrievers beside TIGER and the baselines: the class that retriever.json names → who reads the folder.
 READERS: dict[str, Callable[[Path], Retriever]] = {
@@ -340,8 +342,12 @@ class Bundle:
         parts = leave_last_out(self.log())
         targets = parts.test if split == "test" else parts.validation
         mask = self.exclude_seen if exclude_seen is None else exclude_seen
-        rows = []
+        rows, remembered = [], Remembered(most=_LISTS)  # so that the funnel needs not ask all over again
         for retriever in self.retrievers(mask) if split == "test" else self.sources(mask):
+            if isinstance(retriever, Funnel):
+                retriever.remembered = remembered
+            elif not isinstance(retriever, CatalogueScorer):
+                retriever = Remembering(retriever, remembered, self.funnel_config.gives(retriever))
             counts = np.bincount(parts.train.item, minlength=len(retriever.items))
 
             def tell(done: int, users: int, name: str = retriever.name) -> None:

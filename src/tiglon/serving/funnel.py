@@ -410,6 +410,7 @@ class Funnel(Retriever):
     ) -> None:
         """retrievers: of one catalogue, or of the first part of it.   popularity: (N,) events in training."""
         self.retrievers, self.reader = tuple(retrievers), reader
+        self.remembered: Remembered | None = None  # lists that need not be made again
         self.items = max((r.items for r in retrievers), key=len)
         self.config = config or FunnelConfig()
         names = tuple(r.name for r in retrievers)
@@ -438,7 +439,15 @@ class Funnel(Retriever):
         item = np.full((len(histories), k), MISSING, np.int64)
         score = np.full((len(histories), k), -np.inf, np.float32)
         for rows, some in batches(histories, len(self.items)):
-            pool = gather(self.retrievers, some, len(self.items), self.config, k=k, exclude_seen=exclude_seen)
+            pool = gather(
+                self.retrievers,
+                some,
+                len(self.items),
+                self.config,
+                k=k,
+                exclude_seen=exclude_seen,
+                remembered=self.remembered,
+            )
             value = self.fusion.score(features(pool, some, self.popularity))
             value = self.reranked(pool, value, some)
             order = best_first(pool, value)

@@ -52,6 +52,22 @@ class Remembered:
         return Candidates(item, score, retriever.name), len(new)
 
 
+class Remembering(Retriever):
+    """A retriever that is always asked for `most` items and remembers them; the first k are the answer.
+
+    So what asks it for `most` later, of the same lives, is told at once.
+    """
+
+    def __init__(self, inner: Retriever, remembered: Remembered, most: int) -> None:
+        self.inner, self.remembered, self.most = inner, remembered, most
+        self.name, self.items, self.log = inner.name, inner.items, inner.log
+
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        most = max(k, self.most)
+        found, _ = self.remembered.retrieve(self.inner, histories, most, exclude_seen=exclude_seen)
+        return Candidates(found.item[:, :k], found.score[:, :k], self.name)
+
+
 def _digests(lives: Histories) -> list[bytes]:
     """(B,) a name for what each life holds: items, times and whose it is."""
     who = np.full(len(lives), MISSING) if lives.user is None else lives.user
