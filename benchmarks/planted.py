@@ -116,8 +116,7 @@ def clustered(ranker: LifelongRanker, task: RankingTask) -> ClusterStore:
     """The lives of a task, by the ranker's item vectors and the buckets of completion."""
     assert isinstance(task.store, HistoryStore)
     ranker.histories = task.store
-    last = task.features.cross_sizes[1]
-    groups = Groups("completion", tuple(np.linspace(1, last, 6)[1:-1].round().tolist()))
+    groups = Groups.by_completion("completion")
     return ranker.cluster(int(task.time.min()), groups, config=ClusterConfig(cap=None))
 
 

@@ -795,7 +795,8 @@ def _workshop(
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for array in (log.user, log.item, log.time):
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(catalogue.table.hash_rows().to_numpy().tobytes())
+    for table in (log.extra, catalogue.table):
+        digest.update(table.hash_rows().to_numpy().tobytes())
     job = work / "job.json"
     if job.is_file():
         if json.loads(job.read_text(encoding="utf-8")).get("job") != digest.hexdigest():

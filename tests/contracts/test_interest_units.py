@@ -22,6 +22,8 @@ from tiglon.ranking.sdim import Sdim
 from tiglon.ranking.sim import SimHard, SimSoft
 from tiglon.ranking.twin import Twin
 from tiglon.ranking.twin_v2 import TwinV2
+from tiglon.ranking.units import UNITS as NAMED
+from tiglon.ranking.units import UnitConfig
 from tiglon.types import MISSING, Behaviours, RankingBatch
 
 SELECTORS: dict[str, Callable[[FeatureEmbedding, int], InterestUnit]] = {
@@ -147,6 +149,21 @@ def test_padding_never_matters(unit, embed, length):
     same(found, unit(embed, ITEMS, past(ROWS)))
 
 
+def test_padding_teaches_nothing(unit, embed):
+    """The vector, and what a unit learns by beside it, with other things in the padding."""
+    unit.train()
+    found = []
+    for junk in (1, 2):
+        torch.manual_seed(3)  # of drawn negatives
+        found.append(unit(embed, ITEMS, past(ROWS, 16, junk=junk)))
+    same(*found)
+    for extra in ("loss", "logit"):
+        one, other = (getattr(interest, extra) for interest in found)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-5)
+
+
 def test_a_row_alone_is_the_row_in_a_batch(unit, embed):
     together = unit(embed, ITEMS, past(ROWS)).vector
     for b, one in enumerate(ROWS):
@@ -185,9 +202,16 @@ def test_entries_of_size_one_are_plain_behaviours(unit, embed):
     same(unit(embed, ITEMS, plain._replace(size=torch.ones(plain.gap.shape))), unit(embed, ITEMS, plain))
 
 
-def test_gradients_reach_real_behaviours_only(unit, embed):
+def test_every_named_unit_is_here():
+    made = {type(make(embedding())) for make in UNITS.values()}
+    config = UnitConfig()
+    assert {type(make(embedding(), config, 1)) for make in NAMED.values()} == made
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["answering", "learning"])
+def test_gradients_reach_real_behaviours_only(unit, embed, train):
     candidates = ITEMS.clamp(max=JUNK_ITEM - 1)
-    found = unit(embed, candidates, past(ROWS, 16))
+    found = unit.train(train)(embed, candidates, past(ROWS, 16))
     score = found.vector.square().sum()
     for extra in (found.loss, found.logit):
         score = score if extra is None else score + extra.sum()

@@ -73,6 +73,7 @@ def fitted() -> FittedFeatures:
         (lambda: Feature("x", "cross", "float"), r"feature 'x' of kind 'float'\. A kind is category, number"),
         (lambda: Feature("x", "cross", "number", buckets=1), r"buckets=1.*at least 2 buckets"),
         (lambda: Feature("gap", "context"), r"'gap' as context category.*Rename the column"),
+        (lambda: Feature("cluster_size", "cross"), r"'cluster_size' as a cross feature.*Rename the column"),
         (
             lambda: Feature("activity", "context"),
             r"'activity' as a category of the context.*Rename the column",

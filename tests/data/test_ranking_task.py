@@ -188,14 +188,14 @@ def test_the_future_is_never_in_a_batch():
 def test_clusters_say_how_many_they_stand_for():
     _, task = basket_task()
     n = len(task.store.item)
-    sized = replace(task.store, features=task.store.features | {"size": np.arange(n)})
+    sized = replace(task.store, features=task.store.features | {"cluster_size": np.arange(n)})
     past = replace(task, store=sized).batches(3)[0].past
     assert past.size.dtype == torch.float32
     plain = task.batches(3)[0].past
     assert plain.size is None
     assert torch.equal(past.cross, plain.cross)
     np.testing.assert_array_equal(
-        past.size[past.mask], sized.before(task.user[:3], task.time[:3]).features["size"]
+        past.size[past.mask], sized.before(task.user[:3], task.time[:3]).features["cluster_size"]
     )
 
 
@@ -214,7 +214,9 @@ def test_the_activity_counts_whole_lives():
         found = np.concatenate([batch.profile[:, column] for batch in task.batches(7, last=last)])
         np.testing.assert_array_equal(found, coder.of(np.array(before, float)))
     assert not task.profile[:, column].any()  # a batch's codes are its own
-    twos = replace(task.store, features=task.store.features | {"size": np.full(len(task.store.item), 2)})
+    twos = replace(
+        task.store, features=task.store.features | {"cluster_size": np.full(len(task.store.item), 2)}
+    )
     clustered = replace(task, store=twos).batches(7)[0].profile[:, column]
     np.testing.assert_array_equal(clustered, coder.of(2.0 * np.array(before[:7])))
 

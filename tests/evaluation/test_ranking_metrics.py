@@ -236,10 +236,15 @@ def test_table_and_json():
     assert "twin" in text
     assert "1 more with labels of one class left out of GAUC" in text
     assert f"{found.metrics['gauc']:.4f}".removeprefix("0") in text
-    document = to_json([found], "test")
-    assert document["users"] == 29
-    assert document["dropped"] == 1
-    assert document["rows"][0]["task"] == "bought"
+    other = measure("twin", score, 1 - label, user=user, request=request + (user == 4) * 1000, task="liked")
+    (row, _) = to_json([found, other], "test")["rows"]
+    assert (row["task"], row["users"], row["dropped"]) == ("bought", 29, 1)
+    one_class = sum(len(set(label[request == r])) == 1 for r in set(request))
+    assert row["dropped_requests"] == one_class > 0
+    console.print(table([found, other]))
+    both = console.export_text()
+    assert "bought: " in both
+    assert "liked: " in both
     with pytest.raises(ConfigError, match=r"no metric 'gacu'\. Did you mean 'gauc'\?"):
         table([found], ["gacu"])
     with pytest.raises(DataError, match="no evaluations"):

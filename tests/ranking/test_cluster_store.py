@@ -104,7 +104,7 @@ def assert_keeps_promises(store: ClusterStore) -> None:
 
 def test_leaves_partition_every_life(store):
     assert_keeps_promises(store)
-    assert store.virtual.features["size"].sum() == store.counted.sum()
+    assert store.virtual.features["cluster_size"].sum() == store.counted.sum()
 
 
 def test_a_leaf_becomes_a_virtual_item(store, histories):
@@ -120,7 +120,7 @@ def test_a_leaf_becomes_a_virtual_item(store, histories):
             virtual.features["completion"][c], histories.features["completion"][rows].mean(), rtol=1e-6
         )
         assert virtual.time[c] == histories.time[rows].sum() // len(rows)
-        assert virtual.features["size"][c] == len(rows)
+        assert virtual.features["cluster_size"][c] == len(rows)
     assert virtual.features["tab"].dtype == histories.features["tab"].dtype
 
 
@@ -162,7 +162,7 @@ def test_a_read_is_leaves_then_later_behaviours(store, histories):
     for b in range(len(users)):
         mine = slice(*found.offsets[b : b + 2])
         all_raw = raw.time[slice(*raw.offsets[b : b + 2])]
-        assert found.features["size"][mine].sum() == len(all_raw)
+        assert found.features["cluster_size"][mine].sum() == len(all_raw)
         later = all_raw >= UNTIL
         n = later.sum()
         end = found.offsets[b + 1]
@@ -170,7 +170,7 @@ def test_a_read_is_leaves_then_later_behaviours(store, histories):
         np.testing.assert_array_equal(found.item[end - n : end], raw.item[raw_rows])
         np.testing.assert_array_equal(found.time[end - n : end], raw.time[raw_rows])
         np.testing.assert_array_equal(found.features["tab"][end - n : end], raw.features["tab"][raw_rows])
-        assert (found.features["size"][end - n : end] == 1).all()
+        assert (found.features["cluster_size"][end - n : end] == 1).all()
         assert (np.diff(found.time[mine]) >= 0).all()
     assert found.lengths.tolist() == store.lengths(users, time).tolist()
     assert found.lengths[2] == 0
@@ -195,7 +195,7 @@ def test_leaves_are_not_read_before_they_end(store):
 
 
 def test_whole_lives(store):
-    assert store.before([0]).features["size"].sum() == np.diff(store.histories.offsets)[0]
+    assert store.before([0]).features["cluster_size"].sum() == np.diff(store.histories.offsets)[0]
 
 
 def test_one_behaviour_a_leaf_is_the_history(histories):
@@ -205,12 +205,12 @@ def test_one_behaviour_a_leaf_is_the_history(histories):
     np.testing.assert_array_equal(found.offsets, raw.offsets)
     np.testing.assert_array_equal(found.item, raw.item)
     np.testing.assert_array_equal(found.time, raw.time)
-    assert (found.features["size"] == 1).all()
+    assert (found.features["cluster_size"] == 1).all()
 
 
 def test_the_cap_leaves_older_behaviours_out(histories):
     capped = built(histories, config=ClusterConfig(cap=100))
-    sizes = np.add.reduceat(capped.virtual.features["size"], capped.virtual.offsets[:-2])
+    sizes = np.add.reduceat(capped.virtual.features["cluster_size"], capped.virtual.offsets[:-2])
     np.testing.assert_array_equal(sizes, np.minimum(capped.counted[:-1], 100))
     assert capped.leaves.member[capped.leaves.member < histories.offsets[1]].min() == capped.counted[0] - 100
 
@@ -228,7 +228,7 @@ def test_codes_are_of_averages():
         coded.virtual.features["completion"], features.line_codes(means)["completion"]
     )
     found = coded.before([0, 1], 1100)
-    assert set(found.features) == {"completion", "size"}
+    assert set(found.features) == {"completion", "cluster_size"}
     assert features.cross_codes(found, np.array([1100, 1100])).max() > 1
 
 
@@ -275,6 +275,9 @@ def test_the_work_of_another_job_is_refused(histories, tmp_path):
     built(histories, work=tmp_path)
     with pytest.raises(ConfigError, match=r"the work of another job \(config differ\).*Delete the folder"):
         built(histories, work=tmp_path, config=ClusterConfig(largest=10))
+    other = log().with_columns(completion=1 - pl.col("completion"))  # as many events of the same items
+    with pytest.raises(ConfigError, match=r"the work of another job \(past differ\)"):
+        built(stored(other), work=tmp_path)
 
 
 def test_bad_columns_and_vectors(histories):
@@ -287,8 +290,10 @@ def test_bad_columns_and_vectors(histories):
         DataError, match=r"50 vectors for a catalogue of 60 items\..*the same catalogue version"
     ):
         ClusterStore.build(histories, few)
-    sized = HistoryStore.build(read_interactions(log().with_columns(size=pl.lit(1))), ["size"])
-    with pytest.raises(SchemaError, match="a feature 'size' in the histories"):
+    sized = HistoryStore.build(
+        read_interactions(log().with_columns(cluster_size=pl.lit(1))), ["cluster_size"]
+    )
+    with pytest.raises(SchemaError, match="a feature 'cluster_size' in the histories"):
         ClusterStore.build(sized, vectors())
 
 
@@ -377,6 +382,22 @@ def test_the_past_may_not_change(store):
         store.onto(stored(late))
     with pytest.raises(DataError, match="users whose behaviours before 1000"):
         store.onto(stored(log().filter(pl.col("user_id") != 3)))
+    for column in ("item_id", "completion"):
+        first = pl.int_range(pl.len()) == 0
+        swapped = log().with_columns(
+            pl.when(first).then(pl.col(column).max()).otherwise(column).alias(column)
+        )
+        with pytest.raises(DataError, match="some users whose behaviours before 1000"):
+            store.onto(stored(swapped))
+
+
+def test_codes_are_not_updated(store):
+    interactions = read_interactions(log())
+    catalogue = Items(interactions.items, pl.DataFrame({"item_id": interactions.items.raw}))
+    schema = FeatureSchema([Feature("item_id", "inherent"), Feature("completion", "cross", kind="number")])
+    coded = store.coded(fit(schema, catalogue, interactions))
+    with pytest.raises(ConfigError, match=r"clusters whose features are codes.*store\.coded\(features\)"):
+        coded.update(coded.histories, vectors())
 
 
 def test_the_features_may_not_change(store):

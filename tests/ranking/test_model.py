@@ -11,10 +11,10 @@ from tiglon.data.features import Feature, FeatureSchema, fit
 from tiglon.data.ranking import BasketConfig, next_basket
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, LeakageError
 from tiglon.evaluation.ranking import gauc
-from tiglon.ranking.clusters import ClusterConfig
+from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, measure_task
 from tiglon.ranking.ranker import RankerConfig
-from tiglon.ranking.units import UnitConfig
+from tiglon.ranking.units import UNITS, UnitConfig
 from tiglon.train.loop import TrainConfig
 from tiglon.train.multitask import DWA, PCGrad
 
@@ -275,6 +275,11 @@ def test_a_unit_that_pools_explains_nothing(task):
 
 
 def test_category_of_the_hard_search(task):
+    log, items = world()
+    items = items.with_columns(price=pl.int_range(pl.len()).cast(pl.Float64))
+    schema = FeatureSchema([*SCHEMA.features, Feature("price", "inherent", "number", buckets=12)])
+    log, items, _ = align(read_interactions(log), read_items(items))
+    assert category_of(fit(schema, items, log), None) == 1  # a bucket of prices is no category
     assert category_of(task.features, None) == 1
     assert category_of(task.features, "item_id") == 0
     with pytest.raises(ConfigError, match=r"no inherent feature 'gruop'\. Did you mean 'group'\?"):
@@ -360,6 +365,36 @@ def test_a_newer_format_is_refused(copy):
         LifelongRanker.load(copy)
 
 
+# -- what it reads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_nothing_at_or_after_a_request_is_read(task, unit):
+    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long=unit))
+    users, candidates = ["u1", "u7", "u9"], [["g1i0", "g2i3"]] * 3
+    found = ranker.predict(users, candidates, time=61)
+    log, _, _ = align(
+        *(read(table) for read, table in zip((read_interactions, read_items), world(), strict=True))
+    )
+    ranker.histories = task.features.store(log.take(log.time < 61))
+    np.testing.assert_array_equal(
+        np.concatenate(ranker.predict(users, candidates, time=61)), np.concatenate(found)
+    )
+    assert (log.time == 61).any()
+
+
+@pytest.mark.parametrize("unit", ["twin", "twin_v2", "dare", "sim_soft", "eta"])
+def test_stored_tables_change_no_answer_and_training_forgets_them(task, unit):
+    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long=unit))
+    live = ranker.score(task)
+    np.testing.assert_allclose(ranker.refresh().score(task), live, atol=1e-6)
+    train = dataclasses.replace(CONFIG.train, epochs=1)
+    ranker.config = dataclasses.replace(ranker.config, train=train)
+    found = ranker.fit(task).score(task)
+    assert not np.allclose(found, live)
+    np.testing.assert_allclose(ranker.refresh().score(task), found, atol=1e-6)
+
+
 # -- clustered lives ---------------------------------------------------------------------------------------
 
 
@@ -369,8 +404,23 @@ def test_clusters_of_one_behaviour_answer_as_the_whole_lives(task, ranker):
     candidates = [["g1i0", "g2i3"], ["g0i0", "g3i1"]]
     whole = v2.predict(["u1", "u7"], candidates)
     store = v2.cluster(config=ClusterConfig(largest=1))
-    assert store.virtual.features["size"].max() == 1
+    assert store.virtual.features["cluster_size"].max() == 1
     np.testing.assert_allclose(v2.predict(["u1", "u7"], candidates), whole, atol=1e-6)
+
+
+def test_groups_and_averages_are_of_numbers(task):
+    """Of the middle of the bucket that stands in the histories, which is all that a ranker keeps of a number."""
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    coder, code = task.features.coders["amount"], v2.histories.features["amount"]
+    np.testing.assert_array_equal(coder.of(coder.values), np.arange(coder.size))
+    store = v2.cluster(groups=Groups("amount", (1.5,)))
+    kept, leaves = store.virtual.features, store.leaves
+    assert set(kept["cluster_group"]) == {0, 1}
+    for c in range(len(leaves)):
+        members = coder.values[code[leaves.member[leaves.offsets[c] : leaves.offsets[c + 1]]]]
+        assert ((members >= 1.5) == kept["cluster_group"][c]).all()
+        assert kept["amount"][c] == coder.of(np.array([members.mean()]))[0]
+    assert store.virtual.features["amount"].dtype == code.dtype
 
 
 def test_clustered_lives_are_saved_and_explained(task, tmp_path):

@@ -279,7 +279,7 @@ def test_a_cache_has_a_version():
     learn(unit, embed)
     unit.refresh(embed)
     assert unit.cache.version != first.version
-    assert unit.cache.catalogue == first.catalogue == catalogue_version(embed.item_codes)
+    assert unit.cache.catalogue == first.catalogue == catalogue_version(embed)
 
 
 def test_a_cache_of_another_catalogue_is_refused():
@@ -295,6 +295,10 @@ def test_a_cache_of_another_catalogue_is_refused():
     unit.refresh(embed)
     with pytest.raises(DataError, match=r"catalogue"):
         twin(changed).use(unit.cache, changed)
+    renamed = embedding()
+    renamed.catalogue_name = "other ids"  # the same features of other items
+    with pytest.raises(DataError, match=r"catalogue"):
+        twin(renamed).use(unit.cache, renamed)
 
 
 def test_a_cache_of_another_architecture_is_refused():
@@ -321,7 +325,7 @@ def test_a_cache_is_kept_on_disk(storage, tmp_path):
 
 def test_a_damaged_or_newer_cache_is_not_read(tmp_path):
     path = tmp_path / "items.safetensors"
-    cache = ItemCache.build(embedding().item_codes, lambda item: torch.ones(len(item), 1, 4))
+    cache = ItemCache.build(embedding(), lambda item: torch.ones(len(item), 1, 4))
     cache.save(path)
     arrays, about = files.read(path)
     arrays["number"][0] += 1

@@ -33,6 +33,7 @@ X profile features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,7 @@ import polars as pl
 from tiglon.data.crossing import CrossId
 from tiglon.data.events import require_columns
 from tiglon.data.folders import reading, written_aside
-from tiglon.data.histories import HistoryStore, offsets_of
+from tiglon.data.histories import CLUSTER_SIZE, HistoryStore, offsets_of
 from tiglon.errors import (
     ConfigError,
     DataError,
@@ -54,7 +55,7 @@ from tiglon.errors import (
     SchemaError,
     did_you_mean,
 )
-from tiglon.types import Histories, Interactions, Items, Vocabulary
+from tiglon.types import Histories, Interactions, Items, Vocabulary, hash_ids
 
 Role: TypeAlias = Literal["inherent", "cross", "user", "context"]
 Kind: TypeAlias = Literal["category", "number"]
@@ -96,6 +97,12 @@ class Feature:
             raise ConfigError(
                 f"'{GAP}' as {self.role} {self.kind}",
                 rule="The name is reserved for the time to the request, a cross number",
+                fix="Rename the column",
+            )
+        if (self.name, self.role) == (CLUSTER_SIZE, "cross"):
+            raise ConfigError(
+                f"'{CLUSTER_SIZE}' as a cross feature",
+                rule="The name is reserved for how many behaviours a cluster stands for",
                 fix="Rename the column",
             )
         if (self.name, self.role) == (ACTIVITY, "context") and self.kind != "number":
@@ -174,6 +181,16 @@ class Buckets:
     @property
     def size(self) -> int:
         return len(self.boundaries) + 2
+
+    @property
+    def values(self) -> np.ndarray:
+        """(size,) a number for each code: NaN for 0, the middle of its bucket; outermost ones go on half as far as
+        their boundary is from 0."""
+        b = self.boundaries
+        if not len(b):
+            return np.array([np.nan, 0.0])
+        low, high = (edge + sign * (abs(edge) / 2 or 1.0) for edge, sign in ((b[0], -1), (b[-1], 1)))
+        return np.concatenate([[np.nan, low], (b[:-1] + b[1:]) / 2, [high]])
 
     def codes(self, column: pl.Series) -> np.ndarray:
         """(n,) int32. Raises SchemaError where the column holds no numbers."""
@@ -313,7 +330,8 @@ def fit(
     for feature in schema.of("context"):
         if _of_life(feature):
             coders[ACTIVITY] = Buckets(_quantiles(_earlier(log).astype(np.float64), one, feature.buckets))
-    return FittedFeatures(schema, coders, item_codes, user_codes)
+    catalogue = hashlib.sha256(hash_ids(items.vocabulary).tobytes()).hexdigest()[:16]
+    return FittedFeatures(schema, coders, item_codes, user_codes, catalogue)
 
 
 def _learn(
@@ -389,13 +407,14 @@ class FittedFeatures:
     """A schema with all it learned from training.
 
     coders: one a feature but `item_id`.   item_codes: (N + 1, F) int32, the unknown item last, so that −1
-    finds it.   user_codes: (U + 1, user features) int32, the unknown user last.
+    finds it.   user_codes: (U + 1, user features) int32, the unknown user last.   catalogue: names the items' ids.
     """
 
     schema: FeatureSchema
     coders: dict[str, Coder]
     item_codes: np.ndarray
     user_codes: np.ndarray
+    catalogue: str = ""
 
     @property
     def item_sizes(self) -> list[int]:
@@ -431,6 +450,7 @@ class FittedFeatures:
             "item_widths": self.item_widths,
             "cross_sizes": self.cross_sizes,
             "profile_sizes": self.profile_sizes,
+            "catalogue": self.catalogue,
         }
 
     def line_codes(self, lines: pl.DataFrame) -> dict[str, np.ndarray]:
@@ -500,6 +520,7 @@ class FittedFeatures:
             "boundaries": boundaries,
             "categories": list(categories),
             "crosses": {name: cross.salt for name, cross in crosses.items()},
+            "catalogue": self.catalogue,
         }
         frames = [
             pl.DataFrame({"value": raw}).select(pl.lit(n).alias("feature"), "value")
@@ -538,7 +559,8 @@ class FittedFeatures:
                 coders[name] = CrossId(salt, np.load(directory / f"cross_{c}.npy"))
             schema = FeatureSchema(Feature(**feature) for feature in about["features"])
             item_codes = np.load(directory / "item_codes.npy")
-            return cls(schema, coders, item_codes, np.load(directory / "user_codes.npy"))
+            user_codes = np.load(directory / "user_codes.npy")
+            return cls(schema, coders, item_codes, user_codes, about.get("catalogue", ""))
 
 
 def gaps(past: Histories, time: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from tiglon.errors import ConfigError, DataError, SchemaError
 from tiglon.types import MISSING, Histories, Interactions, Vocabulary, user_names
 
 FORMAT = 1
+CLUSTER_SIZE = "cluster_size"  # the feature that says how many behaviours an entry stands for
 _BATCH_ROWS = 1 << 20
 _BUCKET_EVENTS = 2_000_000
 _MOST_BUCKETS = 512  # one open file each

@@ -24,7 +24,7 @@ import torch
 
 from tiglon.data.events import align, read_interactions, read_items, require_columns
 from tiglon.data.features import ACTIVITY, Buckets, Feature, FeatureSchema, FittedFeatures, fit, gaps
-from tiglon.data.histories import offsets_of
+from tiglon.data.histories import CLUSTER_SIZE, offsets_of
 from tiglon.data.sources import KUAIRAND_LABELS, Source, complete_journey
 from tiglon.data.split import moment_starts
 from tiglon.errors import ConfigError, DataError, did_you_mean
@@ -32,7 +32,7 @@ from tiglon.types import MISSING, Behaviours, Histories, Interactions, RankingBa
 
 
 class Lives(Protocol):
-    """What a task reads the past from: a HistoryStore, or one that clusters. A feature "size" (T,) says how
+    """What a task reads the past from: a HistoryStore, or one that clusters. A feature CLUSTER_SIZE (T,) says how
     many behaviours an entry stands for."""
 
     @property
@@ -189,7 +189,7 @@ def _profile(task: RankingTask, rows: np.ndarray, past: Histories) -> np.ndarray
     """(B, X) int64. The activity counts whole lives; a cluster counts as the behaviours that it stands for."""
     profile = task.profile[rows].astype(np.int64)
     if (column := task.features.activity) is not None:
-        size, coder = past.features.get("size"), task.features.coders[ACTIVITY]
+        size, coder = past.features.get(CLUSTER_SIZE), task.features.coders[ACTIVITY]
         assert isinstance(coder, Buckets)
         before = (
             task.store.lengths(task.user[rows], task.time[rows])
@@ -201,7 +201,7 @@ def _profile(task: RankingTask, rows: np.ndarray, past: Histories) -> np.ndarray
 
 
 def _behaviours(features: FittedFeatures, past: Histories, time: np.ndarray) -> Behaviours:
-    size = past.features.get("size")
+    size = past.features.get(CLUSTER_SIZE)
     return Behaviours(
         item=_padded(past.offsets, past.item, MISSING),
         cross=_padded(past.offsets, features.cross_codes(past, time), 0),
@@ -468,6 +468,7 @@ def complete_journey_task(
     first: int = 5,
     negatives: int = 20,
     power: float = 1.0,
+    hard: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> Tasks:
     """The next basket of Complete Journey, split by household and by time.
 
@@ -480,7 +481,8 @@ def complete_journey_task(
     history is all of its household's lines before it, from the log's first day on. A household's first
     `first` baskets are no requests. Lines of one basket share a time and are stored in random order (the
     source sorts them by product). Negatives are drawn by plain popularity (`power` 1), so that popularity
-    alone tells little. hour and weekday are those of the basket, 0 … 23 and Monday = 1.
+    alone tells little; `hard` adds others, as `next_basket` takes them. What a training household bought within
+    30 days of its last requests is of the weeks of validation; of no household that is asked there. hour and weekday are those of the basket, 0 … 23 and Monday = 1.
     """
     source = source or complete_journey()
     lines = source.interactions.sample(fraction=1.0, shuffle=True, seed=seed)
@@ -516,6 +518,7 @@ def complete_journey_task(
                 seed=seed + part,
             ),
             tasks=tasks,
+            hard=hard,
             store=store,
         )
         for part in range(3)

@@ -41,7 +41,8 @@ class RankingEvaluation:
     interval: 95% bootstrap interval of gauc, over users.
     groups, group_auc, impressions: (G,) the users that have an AUC, with it and their weight, so that two
         rankers can be compared user by user.
-    dropped: users whose labels are of one class.   unlabelled: candidates without a label.
+    dropped, dropped_requests: users and requests whose labels are of one class.   unlabelled: candidates without
+        a label.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RankingEvaluation:
     group_auc: np.ndarray
     impressions: np.ndarray
     dropped: int
+    dropped_requests: int
     unlabelled: int
     rows: int
     positives: int
@@ -98,9 +100,11 @@ def measure(
 
     groups, group_auc, size = auc_by_group(score, label, user)
     both = ~np.isnan(group_auc)
+    _, request_auc, request_size = auc_by_group(score, label, request)
+    asked = ~np.isnan(request_auc)
     metrics = {
         "gauc": weighted_mean(group_auc[both], size[both]),
-        "gauc/request": gauc(score, label, request),
+        "gauc/request": weighted_mean(request_auc[asked], request_size[asked]),
         "auc": auc(score, label),
     }
     for k in ks:
@@ -123,6 +127,7 @@ def measure(
         group_auc[both],
         size[both],
         dropped=int((~both).sum()),
+        dropped_requests=int((~asked).sum()),
         unlabelled=int((~known).sum()),
         rows=len(score),
         positives=int(label.sum()),
@@ -270,7 +275,7 @@ def table(
 ) -> Table:
     """One row an evaluation, the interval of its GAUC beside it."""
     _require_same_rows(evaluations)
-    rows = Table(title=title or None, caption=_caption(evaluations[0]), box=box.SIMPLE_HEAD, padding=(0, 1))
+    rows = Table(title=title or None, caption=_captions(evaluations), box=box.SIMPLE_HEAD, padding=(0, 1))
     rows.add_column("ranker", no_wrap=True)
     rows.add_column("task")
     known = {name for e in evaluations for name in e.metrics}
@@ -287,21 +292,32 @@ def table(
 
 
 def to_json(evaluations: Sequence[RankingEvaluation], split: str) -> dict[str, Any]:
-    """{"split": …, "users": …, "dropped": …, "rows": [{"name": …, "task": …, "gauc": …, …}]}; null for NaN."""
+    """{"split": …, "rows": [{"name": …, "task": …, "users": …, "dropped": …, "gauc": …, …}]}; null for NaN."""
     _require_same_rows(evaluations)
-    first = evaluations[0]
     return {
         "split": split,
-        "users": len(first.groups),
-        "dropped": first.dropped,
-        "impressions": first.rows,
         "rows": [
-            {"name": e.name, "task": e.task}
+            {
+                "name": e.name,
+                "task": e.task,
+                "impressions": e.rows,
+                "users": len(e.groups),
+                "dropped": e.dropped,
+                "dropped_requests": e.dropped_requests,
+            }
             | {name: None if math.isnan(value) else value for name, value in e.metrics.items()}
             | {"gauc_interval": [None if math.isnan(bound) else bound for bound in e.interval]}
             for e in evaluations
         ],
     }
+
+
+def _captions(evaluations: Sequence[RankingEvaluation]) -> str:
+    """A line for each task."""
+    of_task = {e.task: _caption(e) for e in reversed(evaluations)}
+    if len(of_task) == 1:
+        return next(iter(of_task.values()))
+    return "\n".join(f"{task}: {said}" for task, said in reversed(of_task.items()))
 
 
 def _caption(e: RankingEvaluation) -> str:

@@ -25,6 +25,7 @@ class FeatureEmbedding(nn.Module):
     item_sizes, item_widths: codes and width of each inherent feature; H is the sum of the widths.
     cross_sizes: codes of each cross feature of a behaviour, all `cross_width` wide (TWIN §4.1: 8).
     profile_sizes: codes of each feature of the user and of the request, 8 wide.
+    catalogue: names the items' ids, which codes do not tell.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class FeatureEmbedding(nn.Module):
         cross_width: int = 8,
         profile_width: int = 8,
         std: float = 0.3,
+        catalogue: str = "",
     ) -> None:
         super().__init__()
         self.item_codes: Tensor
@@ -48,6 +50,7 @@ class FeatureEmbedding(nn.Module):
         self._row: Tensor  # (N + 1,) of each item in `_held`, −1 for those that are not
         self.register_buffer("_row", torch.full((len(item_codes),), -1), persistent=False)
         self._held: Tensor | None = None
+        self.catalogue_name = catalogue
         self.std = std  # of the tables as they begin
         self.inherent_width = sum(item_widths)  # H
         self.cross_count, self.cross_width = len(cross_sizes), cross_width  # J

@@ -6,8 +6,8 @@
     store, report = store.update(longer_histories, vectors, until=tuesday)
 
 A leaf is a *virtual item* (TWIN V2): the dense id and the categorical features of the member nearest the
-centroid, the mean of the numerical features and of the time, and `size`, how many behaviours it stands for.
-A read has the shape of a history with one feature more, `size`, so whatever reads histories reads these.
+centroid, the mean of the numerical features and of the time, and `cluster_size`, how many behaviours it stands
+for. A read has the shape of a history with that one feature more, so whatever reads histories reads these.
 
 Nothing is stored that can be computed: centroids come from the members and the vectors, whose version is kept.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from numba import njit
 
 from tiglon.data.features import FittedFeatures
 from tiglon.data.folders import written_aside
-from tiglon.data.histories import HistoryStore, offsets_of
+from tiglon.data.histories import CLUSTER_SIZE, HistoryStore, offsets_of
 from tiglon.errors import (
     BundleDamagedError,
     BundleVersionError,
@@ -52,7 +53,7 @@ from tiglon.ranking.clusters import (
 from tiglon.semantic_ids import storage
 from tiglon.types import MISSING, Histories, ItemVectors, Vocabulary, hash_ids
 
-FORMAT = 1
+FORMAT = 2
 _BLOCK_EVENTS = 1_000_000
 _SETS_A_USER = 128  # more than groups
 
@@ -66,6 +67,8 @@ class ClusterSettings:
     groups: Groups
     config: ClusterConfig
     categorical: tuple[str, ...]  # features that a virtual item has from one member
+    past: str  # `past_version`
+    coded: bool = False  # the features are codes now, which groups and averages do not speak of
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class UpdateReport:
 @dataclass(frozen=True, eq=False)
 class ClusterStore:
     """histories: the raw lives.   virtual: the leaves of the same users, oldest first by mean time, with features
-    `size` and `group`.   member: (M,) int32 places in their user's life, leaf by leaf.   counted: (U,) behaviours
+    `cluster_size` and `cluster_group`.   member: (M,) int32 places in their user's life, leaf by leaf.   counted: (U,) behaviours
     of each user before `until`, with those beyond the cap.
     """
 
@@ -102,9 +105,11 @@ class ClusterStore:
     settings: ClusterSettings
 
     def __post_init__(self) -> None:
-        if self.virtual.features["size"].sum() != len(self.member) or len(self.counted) != len(self.virtual):
+        if self.virtual.features[CLUSTER_SIZE].sum() != len(self.member) or len(self.counted) != len(
+            self.virtual
+        ):
             raise DataError(
-                f"leaves of {self.virtual.features['size'].sum()} behaviours with {len(self.member)} members"
+                f"leaves of {self.virtual.features[CLUSTER_SIZE].sum()} behaviours with {len(self.member)} members"
             )
 
     def __len__(self) -> int:
@@ -122,7 +127,7 @@ class ClusterStore:
     @property
     def leaves(self) -> Leaves:
         """The leaves as rows of `histories`."""
-        sizes = self.virtual.features["size"]
+        sizes = self.virtual.features[CLUSTER_SIZE]
         start = np.repeat(self.histories.offsets[:-1], np.diff(self.virtual.offsets))
         return Leaves(self.member + np.repeat(start, sizes), offsets_of(sizes))
 
@@ -156,12 +161,13 @@ class ClusterStore:
         if until is None:
             until = int(histories.time.max()) + 1 if len(histories.time) else 0
         version = vectors_version(vectors, histories.items)
-        settings = ClusterSettings(version, int(until), groups, config, tuple(categorical))
+        past = past_version(histories, int(until))
+        settings = ClusterSettings(version, int(until), groups, config, tuple(categorical), past)
         start, stop = _lives(histories, settings.until)
         blocks, done = [], 0
         for users in _blocks(stop - start):
             path = Path(work) / f"{users.start}.safetensors" if work is not None else None
-            job = _plain(settings) | {"events": len(histories.item), "stop": int(users.stop)}
+            job = _plain(settings) | {"stop": int(users.stop)}
             leaves = _finished(path, job)
             if leaves is None:
                 leaves = _divided(histories, users, start[users], stop[users], table, settings, threads)
@@ -209,7 +215,7 @@ class ClusterStore:
         """What each of B users did strictly before `time`: leaves, then the behaviours that are in none.
 
         The arguments are those of `HistoryStore.before`; `last` counts entries. The features are those of the
-        histories and `size`. Raises LeakageError where a time lies before `until`: a leaf knows no less.
+        histories and `cluster_size`. Raises LeakageError where a time lies before `until`: a leaf knows no less.
         """
         start, stop = self._raw(users, time)
         if last is not None and last < 1:
@@ -257,6 +263,12 @@ class ClusterStore:
         histories: the same lives, longer, perhaps with new users and items.   vectors: the same for the old items.
         The cap holds when lives are clustered; later behaviours come on top of it. Raises DataError, ConfigError.
         """
+        if self.settings.coded:
+            raise ConfigError(
+                "an update of clusters whose features are codes",
+                rule="Groups and averages are of the numbers that were coded",
+                fix="Keep the clusters of the numbers, update these, and code the result: store.coded(features)",
+            )
         old = self.onto(histories)
         old.require(vectors)
         table = _table(vectors, histories.items)
@@ -268,7 +280,7 @@ class ClusterStore:
                 rule="An update goes forward in time",
                 fix="Build anew to go back",
             )
-        settings = replace(self.settings, until=int(until))
+        settings = replace(self.settings, until=int(until), past=past_version(histories, int(until)))
         begin, stop = _lives(histories, until)
         grown = stop > begin + old.counted
         clustered = np.diff(old.virtual.offsets) > 0
@@ -332,10 +344,11 @@ class ClusterStore:
         counted[place[place >= 0]] = self.counted[place >= 0]
         start, stop = _lives(histories, self.settings.until)
         changed = int((counted != stop - start).sum()) + int((place < 0).sum())
-        if changed or (item < 0).any():
+        other = not changed and self.settings.past != past_version(histories, self.settings.until)
+        if changed or other or (item < 0).any():
             raise DataError(
-                f"{changed} users whose behaviours before {self.settings.until} are not those that were clustered, "
-                f"{int((item < 0).sum())} items that are gone",
+                f"{changed or 'some'} users whose behaviours before {self.settings.until} are not those that were "
+                f"clustered, {int((item < 0).sum())} items that are gone",
                 rule="A log may grow only from that moment on",
                 fix="Cluster anew",
             )
@@ -344,7 +357,7 @@ class ClusterStore:
         v = self.virtual
         owner = np.repeat(place, np.diff(v.offsets))
         order = np.argsort(owner, kind="stable")
-        member = Leaves(self.member, offsets_of(v.features["size"])).take(order).member
+        member = Leaves(self.member, offsets_of(v.features[CLUSTER_SIZE])).take(order).member
         virtual = HistoryStore(
             histories.users,
             histories.items,
@@ -381,14 +394,19 @@ class ClusterStore:
         """The same lives with the codes of cross features, as ranking tasks read them: averages are taken of
         numbers first and coded then. The histories must hold the numbers. Raises SchemaError."""
 
-        def codes(store: HistoryStore) -> dict[str, np.ndarray]:
-            return features.line_codes(pl.DataFrame(store.features))
+        return self.as_codes(lambda of: features.line_codes(pl.DataFrame(of)))
 
+    def as_codes(self, codes: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> ClusterStore:
+        """The same lives with other features, a function of those that they have."""
         own = {name: self.virtual.features[name] for name in RESERVED}
+        histories = replace(self.histories, features=codes(self.histories.features))
+        virtual = codes({k: v for k, v in self.virtual.features.items() if k not in RESERVED})
+        past = past_version(histories, self.settings.until)
         return replace(
             self,
-            histories=replace(self.histories, features=codes(self.histories)),
-            virtual=replace(self.virtual, features=codes(self.virtual) | own),
+            histories=histories,
+            virtual=replace(self.virtual, features=virtual | own),
+            settings=replace(self.settings, past=past, coded=True),
         )
 
     # -- files -----------------------------------------------------------------------------------------------
@@ -419,11 +437,11 @@ class ClusterStore:
         directory = Path(directory)
         try:
             about = json.loads((directory / "clusters.json").read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
+            if about["format"] != FORMAT:
                 raise BundleVersionError(
                     f"clusters of format {about['format']} in {directory}",
-                    rule=f"This Tiglon reads formats up to {FORMAT}",
-                    fix="Update Tiglon",
+                    rule=f"This Tiglon reads format {FORMAT}",
+                    fix="Update Tiglon" if about["format"] > FORMAT else "Cluster anew",
                 )
             virtual = HistoryStore.load(directory / "virtual")
             member = np.load(directory / "member.npy", mmap_mode="r" if len(virtual.item) else None)
@@ -439,7 +457,8 @@ class ClusterStore:
         return store.onto(histories)
 
 
-RESERVED = ("size", "group")  # features of leaves
+CLUSTER_GROUP = "cluster_group"
+RESERVED = (CLUSTER_SIZE, CLUSTER_GROUP)  # features of leaves
 
 
 def vectors_version(vectors: ItemVectors, items: Vocabulary, which: np.ndarray | None = None) -> str:
@@ -450,6 +469,35 @@ def vectors_version(vectors: ItemVectors, items: Vocabulary, which: np.ndarray |
     names = hash_ids(items)[rows]
     bits = np.ascontiguousarray(vectors.values[rows]).view(np.uint32)
     return f"{vectors.encoder} {int(_row_hashes(bits, names).sum(dtype=np.uint64)):016x}"
+
+
+def past_version(histories: HistoryStore, until: int) -> str:
+    """Names what every user did before `until`, whatever dense ids users and items have."""
+    start, stop = _lives(histories, until)
+    who, what = hash_ids(histories.users), np.append(hash_ids(histories.items), np.uint64(0))
+    columns = {"": histories.time, " ": what[histories.item]} | histories.features
+    total = 0
+    for name, column in sorted(columns.items()):
+        if column.dtype.kind == "f":
+            column = np.where(np.isnan(column), np.nan, column).astype(np.float64).view(np.uint64)
+        total += int(_past_hash(who, start, stop, column, np.uint64(zlib.crc32(name.encode()))))
+    return f"{total % 2**64:016x}"
+
+
+@njit(cache=True)
+def _past_hash(
+    who: np.ndarray, start: np.ndarray, stop: np.ndarray, column: np.ndarray, salt: np.uint64
+) -> np.uint64:
+    """Of a column in the rows start:stop of each user: who, which place in their life, which value."""
+    total = np.uint64(0)
+    for u in range(len(start)):
+        for row in range(start[u], stop[u]):
+            h = who[u] ^ salt
+            for part in (np.uint64(row - start[u]), np.uint64(column[row])):
+                h = (h ^ part) * np.uint64(0x9E3779B97F4A7C15)
+                h ^= h >> np.uint64(29)
+            total += h
+    return total
 
 
 @njit(cache=True)
@@ -544,11 +592,11 @@ def _stand(
     features = {
         name: column[nearest]
         if name in settings.categorical
-        else mean_values(column[leaves.member], leaves.offsets).astype(np.float32)
+        else mean_values(column[leaves.member], leaves.offsets).astype(np.result_type(column, np.float32))
         for name, column in histories.features.items()
     }
-    features["size"] = leaves.sizes.astype(np.int32)
-    features["group"] = _groups_of(histories, leaves.first, settings.groups)
+    features[CLUSTER_SIZE] = leaves.sizes.astype(np.int32)
+    features[CLUSTER_GROUP] = _groups_of(histories, leaves.first, settings.groups)
     return _VirtualItems(
         leaves,
         np.searchsorted(histories.offsets, leaves.first, side="right") - 1,
@@ -648,7 +696,7 @@ def _appended(leaves: Histories, raw: HistoryStore, start: np.ndarray, stop: np.
         return whole
 
     features = {name: both(leaves.features[name], column[at]) for name, column in raw.features.items()}
-    features["size"] = both(leaves.features["size"], np.ones(len(at), np.int32))
+    features[CLUSTER_SIZE] = both(leaves.features[CLUSTER_SIZE], np.ones(len(at), np.int32))
     item = both(leaves.item, raw.item[at].astype(np.int64))
     return Histories(offsets, item, both(leaves.time, raw.time[at]), features, leaves.user)
 
@@ -670,10 +718,9 @@ def _plain(settings: ClusterSettings) -> dict[str, Any]:
 
 def _settings(about: dict[str, Any]) -> ClusterSettings:
     groups = about["groups"] | {"boundaries": tuple(about["groups"]["boundaries"])}
-    return ClusterSettings(
-        about["vectors"],
-        about["until"],
-        Groups(**groups),
-        ClusterConfig(**about["config"]),
-        tuple(about["categorical"]),
-    )
+    parts = {
+        "groups": Groups(**groups),
+        "config": ClusterConfig(**about["config"]),
+        "categorical": tuple(about["categorical"]),
+    }
+    return ClusterSettings(**(about | parts))

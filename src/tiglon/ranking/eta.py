@@ -23,19 +23,29 @@ an item.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.nn.search import attend, require_k
 from tiglon.nn.target_attention import TargetAttention
+from tiglon.ranking.item_cache import catalogue_version
 from tiglon.ranking.ranker import Interest
 from tiglon.types import Behaviours
 
 _MOST_BITS = 2**16 - 2  # a distance, m + 1 included, is 16 bits
+
+
+class Fingerprints(NamedTuple):
+    """bits: (N + 1, W), the unknown item last.   catalogue: `catalogue_version` of the items."""
+
+    bits: Tensor
+    catalogue: str
 
 
 class Eta(nn.Module):
@@ -69,18 +79,30 @@ class Eta(nn.Module):
             width=width,
             item_std=embed.std,
         )
-        self.stored_NW: Tensor | None = None
+        self.stored: Fingerprints | None = None
 
+    @torch.no_grad()
     def refresh(self, embed: FeatureEmbedding) -> None:
         """Store every item's fingerprint, of today's weights; eval mode looks them up from now on."""
-        self.stored_NW = fingerprints(embed.catalogue(), self.hyperplanes)
+        bits = fingerprints(embed.catalogue(), self.hyperplanes)
+        self.use(Fingerprints(bits, catalogue_version(embed)), embed)
+
+    def use(self, stored: Fingerprints | None, embed: FeatureEmbedding) -> None:
+        """Search by these, be they stale. Raises DataError where they are of other items."""
+        if stored is not None and stored.catalogue != catalogue_version(embed):
+            raise DataError(
+                f"fingerprints of {len(stored.bits) - 1} items, catalogue {stored.catalogue[:12]}",
+                rule="Fingerprints serve the catalogue that they were made for",
+                fix="Make them anew: unit.refresh(embed)",
+            )
+        self.stored = stored
 
     @torch.no_grad()
     def search(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Tensor:
         """(B, K, min(k, L)) positions, nearest first."""
         query_BKW = fingerprints(embed.inherent(item_BK), self.hyperplanes)
-        if self.stored_NW is not None and not self.training:
-            key_BLW = self.stored_NW[past.item]
+        if self.stored is not None and not self.training:
+            key_BLW = self.stored.bits[past.item]
         else:
             key_BLW = fingerprints(embed.inherent(past.item), self.hyperplanes)
         return nearest(query_BKW, key_BLW, past.mask, len(self.hyperplanes), self.k)

@@ -28,26 +28,27 @@ PER_FEATURE = 2
 def intersect(embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Tensor:
     """(B, K, 2F) float32: the counts of all features, then the recencies. Cost: F·(L + K) a request."""
     codes = embed.item_codes.numpy()
+    count, since = np.zeros((2, max(table.num_embeddings for table in embed.items)))
     size_BL = past.mask.float() if past.size is None else past.size.masked_fill(~past.mask, 0.0)
     found = np.zeros((2, *item_BK.shape, codes.shape[1]), np.float32)
-    _count(codes, codes.max(axis=0) + 1, item_BK.numpy(), past.item.numpy(), size_BL.numpy(), found)
+    _count(codes, count, since, item_BK.numpy(), past.item.numpy(), size_BL.numpy(), found)
     return torch.from_numpy(np.concatenate(found, axis=-1))
 
 
 @njit(cache=True)
 def _count(
     codes: np.ndarray,
-    sizes: np.ndarray,
+    count: np.ndarray,
+    since: np.ndarray,
     candidate_BK: np.ndarray,
     item_BL: np.ndarray,
     size_BL: np.ndarray,
     found: np.ndarray,
 ) -> None:
+    """count, since: of each code, 0 now and afterwards; only what occurs is touched."""
     B, K = candidate_BK.shape
     L, F = item_BL.shape[1], codes.shape[1]
     for f in range(F):
-        count = np.zeros(sizes[f])
-        since = np.zeros(sizes[f])
         for b in range(B):
             total = 0.0
             for j in range(L - 1, -1, -1):  # newest first
@@ -63,4 +64,4 @@ def _count(
                     found[0, b, k, f] = np.log1p(count[code])
                     found[1, b, k, f] = np.log((1.0 + total) / (1.0 + since[code]))
             for j in range(L):
-                count[codes[item_BL[b, j], f]] = 0.0
+                count[codes[item_BL[b, j], f]] = since[codes[item_BL[b, j], f]] = 0.0

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tiglon.errors import BundleDamagedError, BundleVersionError, DataError, StorageError
+from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.nn.heads import Keys
 from tiglon.semantic_ids import storage as files
 
@@ -29,7 +30,7 @@ _ROWS = 1 << 16  # items projected at once
 
 @dataclass(frozen=True, eq=False)
 class ItemCache:
-    """keys of N + 1 items, the unknown one last.   catalogue: hash of the items' feature codes.
+    """keys of N + 1 items, the unknown one last.   catalogue: `catalogue_version`.
     version: hash of the keys themselves, so that it names both the weights and the storage."""
 
     keys: Keys
@@ -38,16 +39,18 @@ class ItemCache:
 
     @classmethod
     def build(
-        cls, item_codes: Tensor, keys_of: Callable[[Tensor], Tensor], storage: str = "float32"
+        cls, embed: FeatureEmbedding, keys_of: Callable[[Tensor], Tensor], storage: str = "float32"
     ) -> ItemCache:
-        """item_codes: (N + 1, F) of the catalogue.   keys_of: items (n,) → (n, A, d).
+        """embed: of the catalogue.   keys_of: items (n,) → (n, A, d).
         storage: "float32", "bfloat16" or "int8"; ConfigError otherwise."""
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            parts = [Keys.of(keys_of(rows), storage) for rows in torch.arange(len(item_codes)).split(_ROWS)]
+            parts = [
+                Keys.of(keys_of(rows), storage) for rows in torch.arange(len(embed.item_codes)).split(_ROWS)
+            ]
         keys = Keys(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return cls(keys, catalogue_version(item_codes), _hash(keys.number, keys.scale))
+        return cls(keys, catalogue_version(embed), _hash(keys.number, keys.scale))
 
-    def require(self, item_codes: Tensor, heads: int, head_width: int) -> None:
+    def require(self, embed: FeatureEmbedding, heads: int, head_width: int) -> None:
         """Raises DataError where this cache is of another catalogue or another architecture."""
         A = self.keys.scale.shape[1]
         d = self.keys.number.shape[1] // A
@@ -57,12 +60,12 @@ class ItemCache:
                 rule=f"This unit has {heads} of width {head_width}",
                 fix="Build the cache from this unit: unit.refresh(embed)",
             )
-        catalogue = catalogue_version(item_codes)
+        catalogue = catalogue_version(embed)
         if self.catalogue != catalogue:
             raise DataError(
                 f"an item cache of {len(self.keys) - 1} items, catalogue {self.catalogue[:12]}",
                 rule=f"A cache serves the catalogue it was built for; this ranker's has "
-                f"{len(item_codes) - 1} items, version {catalogue[:12]}",
+                f"{len(embed.item_codes) - 1} items, version {catalogue[:12]}",
                 fix="Build it anew: unit.refresh(embed)",
             )
 
@@ -113,9 +116,9 @@ def live_keys(item_BL: Tensor, count: int, keys_of: Callable[[Tensor], Tensor]) 
     return Keys.of(keys_of(item)), row_BL
 
 
-def catalogue_version(item_codes: Tensor) -> str:
+def catalogue_version(embed: FeatureEmbedding) -> str:
     """A hash of which items there are and with which features."""
-    return _hash(item_codes.numpy())
+    return _hash(embed.item_codes.numpy(), np.frombuffer(embed.catalogue_name.encode(), np.uint8))
 
 
 def _hash(*arrays: np.ndarray) -> str:

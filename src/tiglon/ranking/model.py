@@ -19,7 +19,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiglon.data.features import FittedFeatures
+from tiglon.data.features import ITEM, Buckets, FittedFeatures
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore, offsets_of
 from tiglon.data.ranking import NEXT_BASKET, Lives, RankingTask
@@ -186,6 +186,8 @@ class LifelongRanker:
             if given is not None:
                 self._require_fit(given)
         _require_both_classes(task)
+        for unit in self._searching():
+            unit.use(None, self.network.embed)
         sample = None
         if validation is not None and len(validation):
             rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_requests]
@@ -249,22 +251,45 @@ class LifelongRanker:
         """Put virtual items in the place of the behaviours before `until` (None: all), by this ranker's item vectors.
 
         Whatever asks from now on reads the clustered lives (TWIN V2 §4.2), which `save` keeps. The arguments are
-        those of `ClusterStore.build`; `groups` and averages are of the codes of the cross features.
+        those of `ClusterStore.build`. A number is stored as its bucket, so that groups and averages take the
+        bucket's middle for it; `ClusterStore.build(…).coded(ranker.features)` takes the numbers of a log.
         """
         with torch.inference_mode():
             vectors = ItemVectors(self.network.embed.catalogue().numpy(), f"ranker {self.version}")
-        self.clusters = ClusterStore.build(
-            self.histories,
+        codes = self.histories.features
+        coders = ((name, self.features.coders[name]) for name in codes)
+        numbers = {name: coder for name, coder in coders if isinstance(coder, Buckets)}
+        of_numbers = {name: coder.values[codes[name]] for name, coder in numbers.items()}
+        store = ClusterStore.build(
+            replace(self.histories, features=codes | of_numbers),
             vectors,
             until=until,
             groups=groups,
             config=config,
-            categorical=list(self.histories.features),  # codes, which are names
+            categorical=[name for name in codes if name not in numbers],
             threads=threads,
             work=work,
             report=report,
         )
+        self.clusters = store.as_codes(
+            lambda values: {
+                name: (numbers[name].of(column) if name in numbers else column).astype(codes[name].dtype)
+                for name, column in values.items()
+            }
+        )
         return self.clusters
+
+    def refresh(self) -> LifelongRanker:
+        """Look up from now on what a search reads of every item (TWIN's K_h W^h, fingerprints), in place of making it
+        of the weights at each question: the same answers. `fit` forgets it."""
+        for unit in self._searching():
+            unit.refresh(self.network.embed)
+        return self
+
+    def _searching(self) -> list[Any]:
+        """The units that can read stored tables of all items."""
+        units = (self.network.long, self.network.short)
+        return [unit for unit in units if hasattr(unit, "refresh")]
 
     # -- answering -------------------------------------------------------------------------------
 
@@ -501,17 +526,18 @@ def _require_both_classes(task: RankingTask) -> None:
 
 
 def category_of(features: FittedFeatures, name: str | None) -> int:
-    """Which inherent feature SIM's hard search filters by: the named one, or the finest with at most 1,000
-    codes that is not the item itself, or the first. Raises ConfigError for an unknown name."""
-    names = [feature.name for feature in features.schema.of("inherent")]
+    """Which inherent feature SIM's hard search filters by: the named one, or the finest category with at most
+    1,000 codes that is not the item itself, or the first. Raises ConfigError for an unknown name."""
+    inherent = features.schema.of("inherent")
+    names = [feature.name for feature in inherent]
     if name is not None:
         if name not in names:
             raise ConfigError(f"no inherent feature '{name}'", fix=did_you_mean(name, names))
         return names.index(name)
     coarse = [
         (size, f)
-        for f, (title, size) in enumerate(zip(names, features.item_sizes, strict=True))
-        if title != "item_id" and size <= 1_000
+        for f, (feature, size) in enumerate(zip(inherent, features.item_sizes, strict=True))
+        if feature.name != ITEM and feature.kind == "category" and size <= 1_000
     ]
     return max(coarse)[1] if coarse else 0
 

@@ -209,12 +209,12 @@ class SimSoft(nn.Module):
 
         storage: "float32", "bfloat16" or "int8".
         """
-        self.use(ItemCache.build(embed.item_codes, lambda item: self._keys(embed, item), storage), embed)
+        self.use(ItemCache.build(embed, lambda item: self._keys(embed, item), storage), embed)
 
     def use(self, index: ItemCache | None, embed: FeatureEmbedding) -> None:
         """Search in this index, be it stale. Raises DataError where it was made for other items."""
         if index is not None:
-            index.require(embed.item_codes, 1, self.key.out_features)
+            index.require(embed, 1, self.key.out_features)
         self.index = index
 
     @torch.no_grad()

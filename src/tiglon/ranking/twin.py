@@ -75,12 +75,12 @@ class Twin(nn.Module):
 
         storage: "float32", "bfloat16" or "int8".
         """
-        self.use(ItemCache.build(embed.item_codes, lambda item: self._keys(embed, item), storage), embed)
+        self.use(ItemCache.build(embed, lambda item: self._keys(embed, item), storage), embed)
 
     def use(self, cache: ItemCache | None, embed: FeatureEmbedding) -> None:
         """Search in this cache, be it stale. Raises DataError where it was built for other items."""
         if cache is not None:
-            cache.require(embed.item_codes, self.attention.heads, self.attention.head_width)
+            cache.require(embed, self.attention.heads, self.attention.head_width)
         self.cache = cache
 
     def search(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Tensor:

@@ -23,7 +23,7 @@ class Lifelong:
     """items: the bundle's, of which the ranker may know fewer."""
 
     def __init__(self, ranker: LifelongRanker, items: Vocabulary) -> None:
-        self.ranker = ranker
+        self.ranker = ranker.refresh()
         self._own = ranker.histories.items.encode(items.raw)  # (N,) the ranker's number of each item
         self._items = items
         names = user_names(ranker.histories.users)
