@@ -35,10 +35,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tiglon.data.features import Buckets
 from tiglon.data.ranking import RankingTask, complete_journey_task
 from tiglon.evaluation.ranking import RankingEvaluation, bootstrap_mean, weighted_mean
-from tiglon.ranking.clusters import Groups
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, measure_task
 from tiglon.recipes import RANKING_RECIPES, override
 from tiglon.train.loop import Progress
@@ -177,10 +175,7 @@ def trained(
 
 def clustered(ranker: LifelongRanker, test: RankingTask) -> RankingTask:
     """The same requests, whose lives before the first of them are virtual items."""
-    price = ranker.features.coders["sales_value"]
-    assert isinstance(price, Buckets)
-    groups = Groups.by_quantile("sales_value", price.values[ranker.histories.features["sales_value"]])
-    store = ranker.cluster(int(test.time.min()), groups)
+    store = ranker.cluster(int(test.time.min()), ranker.groups("sales_value"))
     return replace(test, store=store)
 
 

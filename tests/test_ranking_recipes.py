@@ -219,6 +219,39 @@ def test_train_and_evaluate(tiglon, folder, tmp_path):
     assert "where a ranker stands already. Choose another path, or pass --overwrite." in stderr
 
 
+def test_the_lives_of_a_ranker_are_clustered(tiglon, folder, bundle_path, tmp_path):
+    out = tmp_path / "ranker"
+    train_ranker(
+        folder / "log.parquet", folder / "items.parquet", out, RANKING_RECIPES["twin_v2"], changes=TINY
+    )
+    whole = LifelongRanker.load(out)
+    status, _, stderr = tiglon("cluster", out, "--by", "prise")
+    assert status == 1
+    assert "groups by 'prise'. Groups are of a number of each behaviour: " in stderr
+    assert "Did you mean 'price'?" in stderr
+
+    status, _, stderr = tiglon("cluster", out, "--by", "price", "--groups", 2, "--until", 400)
+    assert status == 0, stderr
+    assert "240 behaviours of 30 users became" in stderr  # four of six baskets of two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranker"]
+    ranker = LifelongRanker.load(out)
+    store = ranker.clusters
+    assert store.settings.until == 400
+    assert set(store.virtual.features["cluster_group"]) == {0, 1}
+    asked = ["u3", "u8"], [[1, 12], [5]]
+    expected = whole.predict(*asked)
+    assert not np.allclose(np.concatenate(ranker.predict(*asked)), np.concatenate(expected), atol=1e-7)
+    assert tiglon("evaluate", out)[0] == 0
+
+    assert tiglon("cluster", out)[0] == 0  # all of each life
+    status, _, stderr = tiglon("evaluate", out)
+    assert status == 1
+    assert "Cluster with `until` at or before the first request" in stderr
+    status, _, stderr = tiglon("cluster", bundle_path)
+    assert status == 1
+    assert "A funnel reads lives as they are now" in stderr
+
+
 def test_python_gives_the_same_ranker(folder, tmp_path):
     recipe = RANKING_RECIPES["mean_pooling"]
     ranker, found = train_ranker(

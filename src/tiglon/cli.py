@@ -273,6 +273,28 @@ def probe(
 
 
 @app.command()
+def cluster(
+    ranker: Annotated[
+        Path, typer.Argument(metavar="RANKER", help="That `train --recipe twin_v2 --out` wrote.")
+    ],
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="A number that divides a life, such as completion.")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Into so many parts.")] = 5,
+    until: Annotated[
+        int | None, typer.Option(metavar="TIME", help="Behaviours before; default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Users at once.")] = 1,
+) -> None:
+    """Put virtual items in the place of long lives (TWIN V2, offline). Killed, it goes on when given again."""
+    from tiglon.recipes import cluster_ranker
+    from tiglon.terminal import Terminal
+
+    cluster_ranker(ranker, by, groups, until=until, threads=threads, reporter=Terminal())
+    _say(f"{ranker} answers on clustered lives from now on")
+
+
+@app.command()
 def recommend(
     bundle: BundlePath,
     user: Annotated[str | None, typer.Option(help="A user id of the log.")] = None,

@@ -32,7 +32,7 @@ import polars as pl
 
 from tiglon.data.events import Table, align, read_interactions, read_items
 from tiglon.data.features import ACTIVITY, GAP, ITEM, Feature, FeatureSchema, Role, fit
-from tiglon.data.histories import HistoryStore
+from tiglon.data.histories import CLUSTER_SIZE, HistoryStore
 from tiglon.data.ranking import (
     NEXT_BASKET,
     QUANTITY_2,
@@ -46,6 +46,7 @@ from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
 from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
 from tiglon.evaluation.ranking import RankingEvaluation
+from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
 from tiglon.ranking.units import NONE, UNITS
 from tiglon.retrieval.behaviour import BehaviourVectors
@@ -647,6 +648,49 @@ def _train_ranker(
     ranker.save(out, {"validation": validation, "test": test})
     shutil.rmtree(work, ignore_errors=True)
     return ranker, found
+
+
+def cluster_ranker(
+    path: str | Path,
+    by: str | None = None,
+    groups: int = 5,
+    *,
+    until: int | None = None,
+    threads: int = 1,
+    reporter: Reporter | None = None,
+) -> ClusterStore:
+    """Put virtual items in the place of the lives of a saved ranker (TWIN V2, the offline part).
+
+    A killed call goes on when given again.   by: a number of the log that divides a life into groups: by equal
+    shares where all of it lies in 0 … 1, as a completion ratio does, else by its quantiles; None for one group.
+    until: behaviours before are clustered; None: all.
+    Raises BundleError for a ranker inside a bundle, ConfigError for an unknown column, as `ClusterStore.build`.
+    """
+    folder, reporter = Path(path), reporter or Reporter()
+    if is_bundle(bundle_folder(folder)):
+        raise BundleError(
+            f"the bundle {path}",
+            rule="A funnel reads lives as they are now, behaviour by behaviour",
+            fix="Cluster a ranker that stands alone: tiglon train --recipe twin_v2 … --out RANKER",
+        )
+    ranker = load_ranker(folder)
+    work = folder.with_name(f".{folder.name}.clusters")
+    work.mkdir(exist_ok=True)
+    told = reporter
+    store = ranker.cluster(
+        until,
+        None if by is None else ranker.groups(by, groups),
+        threads=threads,
+        work=work,
+        report=lambda share: told.share("clustering", share),
+    )
+    store.save(folder / "clusters")
+    shutil.rmtree(work, ignore_errors=True)
+    sizes = store.virtual.features[CLUSTER_SIZE]
+    reporter.say(
+        f"{int(sizes.sum()):,} behaviours of {len(store):,} users became {len(sizes):,} virtual items"
+    )
+    return store
 
 
 def ranking_tasks(

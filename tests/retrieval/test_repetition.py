@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tiglon.retrieval import windows
 from tiglon.retrieval.repetition import LEAST, STEP, Had, Repetition, Returns, padded, shares
-from tiglon.retrieval.windows import collate, moments
+from tiglon.retrieval.windows import Earlier, collate, earlier_in_rows, earlier_of, moments
 from tiglon.semantic_ids.trie import Trie
 from tiglon.types import Histories, Interactions, Vocabulary
 
@@ -66,9 +68,40 @@ def test_training_sees_what_an_answer_would():
             expected = dict(zip(item.tolist(), offset.tolist(), strict=True))
         else:
             expected = {}
-        there = had.first[t]
+        there = had.there[t]
         found = zip(had.item[t][there].tolist(), had.offset[t][there].tolist(), strict=True)
         assert dict(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_looks_beyond_its_window():
+    """At the whole life, as an answer does, and both no farther back than REMEMBERED."""
+    items, times = zip(*LIFE, strict=True)
+    log = Interactions(np.repeat(np.arange(3, dtype=np.int32), 7), np.array(3 * items, np.int32), np.array(3 * times),
+                       Vocabulary(["a", "b", "c"]), Vocabulary(list(range(10))))  # fmt: skip
+    rows = log.item, moments(log), np.ones(21, bool), log.user.astype(np.int64)
+    whole = collate(*rows, np.array([[7, 14, 7]]), 7)
+    end = collate(*rows, np.array([[12, 14, 13]]), 2)
+    for part in zip(whole.earlier, end.earlier, strict=True):
+        torch.testing.assert_close(part[0][6:], part[1])
+    for part in zip(whole.earlier, earlier_in_rows(whole), strict=True):
+        torch.testing.assert_close(*part)
+    assert sorted(end.earlier.item[0].tolist()) == [2, 4, 9]
+    assert earlier_in_rows(end).item.tolist() == [[9]]
+
+
+def test_neither_looks_farther_back_than_is_remembered(monkeypatch):
+    monkeypatch.setattr(windows, "REMEMBERED", 3)
+    monkeypatch.setattr("tiglon.retrieval.repetition.REMEMBERED", 3)
+    items, times = zip(*LIFE, strict=True)
+    life = Histories(np.array([0, 0, 7]), np.array(items), np.array(times))
+    before = earlier_of(life)
+    assert before.item.tolist()[1] == [5, 9, 2]
+    assert not before.times[0].any()
+    owner, item, offset = repetition().of(life)
+    had = repetition()(before)
+    expected = dict(zip(before.item[1].tolist(), had.offset[1].tolist(), strict=True))
+    assert dict(zip(item.tolist(), offset.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
+    assert owner.tolist() == [1, 1, 1]
 
 
 def test_alone_it_learns_how_likely_it_is():
@@ -78,7 +111,7 @@ def test_alone_it_learns_how_likely_it_is():
     again = torch.cat([torch.arange(500) < 300, torch.arange(500) < 5])
     item = torch.where(again, 3, 4)
     everyone = torch.arange(users)
-    had = torch.full((users, 1), 3), age, age > 0
+    had = Earlier(torch.full((users, 1), 3), F.one_hot((age > 1) * 2, 6).float())
     made.learn_alone(
         had, torch.zeros(users, 1), torch.full((users,), 9.0).log(), (everyone, item, torch.zeros(users))
     )

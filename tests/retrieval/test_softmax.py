@@ -166,7 +166,7 @@ def test_what_was_had_before_is_offset_once():
     user, vectors, target, had = draw(T, D), draw(N, D, seed=1), torch.arange(T), what_they_had()
     logits = user @ vectors.T
     for t in range(T):
-        for item, offset, first in zip(had.item[t], had.offset[t], had.first[t], strict=True):
+        for item, offset, first in zip(had.item[t], had.offset[t], had.there[t], strict=True):
             logits[t, item] += offset * first
     expected = F.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(catalogue_softmax(user, vectors, target, had), expected)

@@ -4,7 +4,7 @@
     ranker.evaluate(test)                                   GAUC, AUC, log loss … of each task head
     ranker.predict(["user 7"], [["milk", "bread"]])         probabilities, on the stored lives
     ranker.explain("user 7", "milk")                        the behaviours that were attended to
-    ranker.cluster(groups=Groups.by_completion())           from now on on virtual items (TWIN V2)
+    ranker.cluster(groups=ranker.groups("completion"))      from now on on virtual items (TWIN V2)
 
 Who is unknown. An unknown user has no past and an unknown profile. A candidate that is unknown, or had no
 event in training, is known by its other features, if any. Both get a probability. A request without a time
@@ -237,6 +237,22 @@ class LifelongRanker:
                 "a task of other items than the ranker's",
                 fix="Make a ranker for the task: LifelongRanker.of(task)",
             )
+
+    def groups(self, column: str, groups: int = 5) -> Groups:
+        """Groups by a number of the log: equal shares where all of it lies in 0 … 1, as a completion ratio does, else
+        quantiles of the stored lives. Raises ConfigError where the lives have no such number."""
+        coders = {name: self.features.coders[name] for name in self.histories.features}
+        numbers = {name: coder for name, coder in coders.items() if isinstance(coder, Buckets)}
+        if column not in numbers:
+            raise ConfigError(
+                f"groups by '{column}'",
+                rule=f"Groups are of a number of each behaviour: {', '.join(numbers) or 'these lives have none'}",
+                fix=did_you_mean(column, numbers),
+            )
+        cuts = numbers[column].boundaries
+        if len(cuts) and cuts[0] >= 0 and cuts[-1] <= 1:
+            return Groups.by_completion(column, groups)
+        return Groups.by_quantile(column, numbers[column].values[self.histories.features[column]], groups)
 
     def cluster(
         self,

@@ -8,7 +8,10 @@ mode of RepeatNet (Ren et al., AAAI 2019, https://arxiv.org/abs/1812.02646), whi
 Where items are written code by code, the odds of a code are multiplied by the mean of that factor over the items below
 it, as if they were equally likely: (K_1 + … + K_m + n − m) / n where m of n were had. At the last code it is exact.
 
-Letters: B users, T targets, L history, M items that a user had, S code positions, V codes of a position, W beams.
+It is learned of what came before each target in the whole life, not only in the window that a network reads, as
+answers look for it there, too.
+
+Letters: B users, T targets, M items that a user had, A steps of age, S code positions, V codes of a position, W beams.
 """
 
 from __future__ import annotations
@@ -22,22 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.transformer import HIDDEN
-from tiglon.retrieval.windows import Batch, histories_moments
+from tiglon.retrieval.windows import AGES, REMEMBERED, Batch, Earlier, earlier_in_rows, histories_moments
 from tiglon.semantic_ids.trie import Trie
 from tiglon.types import MISSING, Histories
 
-AGES = (2, 4, 8, 16, 32)  # moments ago at which the next w begins
 STEP = 10.0  # w has far to go, at a rate of learning made for vectors
 LEAST = 1e-6  # factor of a code
 
 
 class Had(NamedTuple):
-    """What came before each target. item: (T, L) int64.   offset: (T, L) float32, what it adds to its item's logit.
-    first: (T, L) bool, where an item of the past stands for the first time; elsewhere there is nothing."""
+    """What came before each target. item: (T, M) int64, each once.   offset: (T, M) float32, what it adds to its
+    item's logit.   there: (T, M) bool; elsewhere there is nothing."""
 
     item: Tensor
     offset: Tensor
-    first: Tensor
+    there: Tensor
 
 
 class Repetition(nn.Module):
@@ -51,36 +53,30 @@ class Repetition(nn.Module):
         """w of ages, in moments."""
         return STEP * self.weight[torch.bucketize(age, torch.tensor(AGES), right=True)]
 
-    def forward(self, item_TL: Tensor, age_TL: Tensor, past_TL: Tensor) -> Had:
-        """item: (T, L).   age: moments before the target.   past: (T, L) bool, what is before it."""
-        itself = torch.eye(item_TL.shape[1], dtype=torch.bool)
-        same_TLL = (item_TL[:, :, None] == item_TL[:, None]) & past_TL[:, None] | itself
-        offset = self.log_weight(age_TL)[:, None].masked_fill(~same_TLL, HIDDEN).logsumexp(dim=2)
-        return Had(item_TL, offset, past_TL & ~same_TLL.tril(diagonal=-1).any(dim=2))
+    def forward(self, earlier: Earlier) -> Had:
+        there_TM = earlier.times.any(dim=2)
+        with torch.autocast("cpu", enabled=False):
+            total_TM = earlier.times @ (STEP * self.weight).exp()
+        return Had(earlier.item, torch.where(there_TM, total_TM, 1.0).log(), there_TM)
 
     def before(self, batch: Batch) -> Had:
         """What came before each target of a batch, in their order."""
-        row = batch.target.nonzero()[:, 0]
-        age = batch.moment[batch.target][:, None] - batch.moment[row]
-        return self(batch.item[row], age, age > 0)
+        return self(earlier_in_rows(batch) if batch.earlier is None else batch.earlier)
 
-    def learn_alone(
-        self, had: Sequence[Tensor], score_BL: Tensor, others_B: Tensor, truth: Sequence[Tensor]
-    ) -> None:
+    def learn_alone(self, had: Earlier, score_BM: Tensor, others_B: Tensor, truth: Sequence[Tensor]) -> None:
         """Learn w where all else is fixed: the maximum of the likelihood of what came next.
 
-        had: as `forward` takes it, what B users had.   score: (B, L) its logits.   others: (B,) log Σ exp of the
-        logits of all other items.   truth: user (T,), item (T,) and logit (T,) of what came next.
+        had: of B users.   score: (B, M) its logits.   others: (B,) log Σ exp of the logits of all other items.   truth: user (T,), item (T,) and logit (T,) of what came next.
         """
         user_T, item_T, score_T = truth
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            item, offset, first = self(*had)
-            had_B = (score_BL + offset).masked_fill(~first, HIDDEN).logsumexp(dim=1)
-            own_TL = first[user_T] & (item[user_T] == item_T[:, None])
-            gained_T = torch.where(own_TL, offset[user_T], 0.0).sum(dim=1)
+            item, offset, there = self(had)
+            had_B = (score_BM + offset).masked_fill(~there, HIDDEN).logsumexp(dim=1)
+            own_TM = there[user_T] & (item[user_T] == item_T[:, None])
+            gained_T = torch.where(own_TM, offset[user_T], 0.0).sum(dim=1)
             value = (torch.logaddexp(others_B, had_B)[user_T] - score_T - gained_T).mean()
             value.backward()
             return value
@@ -90,6 +86,7 @@ class Repetition(nn.Module):
     @torch.no_grad()
     def of(self, histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What each user had, each item once: owner (n,) ascending, item (n,), and its offset (n,) float32."""
+        histories = histories.last(REMEMBERED)
         owner, moment = histories.owner, histories_moments(histories)
         now = np.zeros(len(histories), np.int64)
         np.maximum.at(now, owner, moment + 1)
@@ -121,7 +118,7 @@ class Returns(NamedTuple):
     @classmethod
     def before(cls, had: Had, codes_NS: Tensor, shares_NS: Tensor) -> Returns:
         """Of the targets of a batch."""
-        gain = torch.where(had.first, had.offset.expm1(), 0.0)
+        gain = torch.where(had.there, had.offset.expm1(), 0.0)
         return cls(codes_NS[had.item], gain[..., None] * shares_NS[had.item])
 
     @classmethod

@@ -108,9 +108,7 @@ class SasRecNetwork(DenseNetwork):
             return catalogue_softmax(state_TD, table, target, had)
         assert negatives is not None
         drawn, own = self.items(negatives.item), x_BLD[batch.target]
-        return sampled_softmax(
-            state_TD, own, drawn, target, negatives, had, x_BLD[batch.target.nonzero()[:, 0]]
-        )
+        return sampled_softmax(state_TD, own, drawn, target, negatives, had, self.items(had.item))
 
 
 class SasRec(DenseRetriever):

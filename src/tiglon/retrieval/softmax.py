@@ -5,7 +5,7 @@ Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312, and Yi et al.
 there with certainty, so it is neither corrected nor counted among the others: Khrylchenko et al. 2025,
 https://arxiv.org/abs/2507.09331.
 
-Letters: T targets, C candidates, N items, D width, L history.
+Letters: T targets, C candidates, N items, D width, L history, M items that came before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def catalogue_softmax(
     """(T,) −log softmax of each target's product among those of all items."""
     logits_TN = (user_TD @ vectors_ND.T).float()
     if had is not None:
-        row, place = torch.nonzero(had.first, as_tuple=True)
+        row, place = torch.nonzero(had.there, as_tuple=True)
         logits_TN.index_put_((row, had.item[row, place]), had.offset[row, place], accumulate=True)
     return F.cross_entropy(logits_TN, target_T, reduction="none")
 
@@ -64,23 +64,23 @@ def sampled_softmax(
     target_T: Tensor,
     drawn: Negatives,
     had: Had | None = None,
-    had_TLD: Tensor | None = None,
+    had_TMD: Tensor | None = None,
 ) -> Tensor:
     """(T,) the same, the other items estimated by the drawn ones; a draw of the target itself is left out.
 
-    target_TD, drawn_CD, had_TLD: the vectors of the targets, of the drawn items, of what came before; that is not
+    target_TD, drawn_CD, had_TMD: the vectors of the targets, of the drawn items, of what came before; that is not
     estimated, so a draw of it is left out, too.
     """
     positive_T = (user_TD * target_TD).sum(dim=-1).float()
     others_TC = (user_TD @ drawn_CD.T).float() - drawn.log_count
     others_TC = others_TC.masked_fill(target_T[:, None] == drawn.item, -torch.inf)
     if had is not None:
-        assert had_TLD is not None
-        others_TC = others_TC.masked_fill(_is_among(drawn.item, had.item, had.first), -torch.inf)
-        own_TL = had.first & (had.item == target_T[:, None])
-        positive_T = positive_T + torch.where(own_TL, had.offset, 0.0).sum(dim=1)
-        had_TL = (had_TLD @ user_TD[..., None])[..., 0].float() + had.offset
-        others_TC = torch.cat([others_TC, had_TL.masked_fill(~had.first | own_TL, -torch.inf)], dim=1)
+        assert had_TMD is not None
+        others_TC = others_TC.masked_fill(_is_among(drawn.item, had.item, had.there), -torch.inf)
+        own_TM = had.there & (had.item == target_T[:, None])
+        positive_T = positive_T + torch.where(own_TM, had.offset, 0.0).sum(dim=1)
+        had_TM = (had_TMD @ user_TD[..., None])[..., 0].float() + had.offset
+        others_TC = torch.cat([others_TC, had_TM.masked_fill(~had.there | own_TM, -torch.inf)], dim=1)
     return torch.cat([positive_T[:, None], others_TC], dim=1).logsumexp(dim=1) - positive_T
 
 

@@ -200,6 +200,6 @@ class InterestNetwork(DenseNetwork):
             assert table is not None
             loss = catalogue_softmax(user_TD, table, target, had)
         else:
-            drawn, before = self.items(negatives.item), self.items(past.item)
+            drawn, before = self.items(negatives.item), self.items(had.item)
             loss = sampled_softmax(user_TD, target_TD, drawn, target, negatives, had, before)
         return loss - self.weight * disagreement(interests, present) if self.weight else loss

@@ -49,14 +49,12 @@ from tiglon.retrieval.frequency import FrequencyEstimator
 from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, accidental_hits, in_batch_softmax
 from tiglon.retrieval.towers import DenseNetwork, HashedUsers, ItemTower, Past
-from tiglon.retrieval.windows import Batch, padded_histories
+from tiglon.retrieval.windows import REMEMBERED, Batch, earlier_of
 from tiglon.train.loop import Progress, TrainConfig
 from tiglon.types import Interactions, Targets
 
 if TYPE_CHECKING:
     from typing import Self
-
-RECENT = 100  # events of a life of which it is learned whether people come back
 
 
 @dataclass(frozen=True)
@@ -164,23 +162,22 @@ class TwoTower(DenseRetriever):
         return self
 
     def _learn_repetition(self, targets: Targets) -> None:
-        """Of the most recent events of each life, with all else as it is."""
-        had, truth = targets.histories.last(RECENT), targets.truth
-        item_BL, moment_BL, now_B = padded_histories(had)
-        age_BL = now_B[:, None] - moment_BL
+        """With all else as it is."""
+        had, truth = targets.histories.last(REMEMBERED), targets.truth
+        before = earlier_of(had)
         scores, others, wanted = [], [], []
         vectors = self.vectors().T / self.config.temperature
         for start in range(0, len(had), 64):
             rows = slice(start, start + 64)
             logits = self.users(targets.histories.take(rows))[0][:, 0] @ vectors
             some, next_ones = had.take(rows), truth.take(rows)
-            scores.append(np.take_along_axis(logits, item_BL[rows].numpy(), axis=1))
+            scores.append(np.take_along_axis(logits, before.item[rows].numpy(), axis=1))
             wanted.append(logits[next_ones.owner, next_ones.item])
             logits[some.owner, some.item] = -np.inf
             others.append(torch.from_numpy(logits).logsumexp(dim=1))
         owner, item = torch.from_numpy(truth.owner), torch.from_numpy(truth.item.astype(np.int64))
         self.network.repetition.learn_alone(
-            (item_BL, age_BL, age_BL > 0),
+            before,
             torch.from_numpy(np.concatenate(scores)),
             torch.cat(others),
             (owner, item, torch.from_numpy(np.concatenate(wanted))),

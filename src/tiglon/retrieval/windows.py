@@ -1,6 +1,6 @@
 """What sequence models train on and answer from: windows of lives, their moments, padded batches.
 
-Letters: E events, B rows, L events of a row.
+Letters: E events, B rows, L events of a row, T targets, M items that came before one, A steps of age.
 """
 
 from __future__ import annotations
@@ -10,11 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from tiglon.data.split import moment_starts
 from tiglon.nn.transformer import PADDING
 from tiglon.types import Histories, Interactions
+
+AGES = (2, 4, 8, 16, 32)  # moments ago at which the next step of age begins
+REMEMBERED = 1_000  # most recent events in which one looks for what was had
+
+
+class Earlier(NamedTuple):
+    """What came before each of T targets, whatever a window holds: every item once.
+
+    item: (T, M) int64.   times: (T, M, A) float32, how often it was had so long ago; 0 where there is no item.
+    """
+
+    item: Tensor
+    times: Tensor
 
 
 class Batch(NamedTuple):
@@ -22,12 +36,14 @@ class Batch(NamedTuple):
 
     item, moment: (B, L) int64, moment PADDING where there is no event.   target: (B, L) bool.
     user: (B,) int64, as `Histories.user` has it.
+    earlier: of the targets, row by row; None where it is what the rows themselves hold.
     """
 
     item: Tensor
     moment: Tensor
     target: Tensor
     user: Tensor
+    earlier: Earlier | None = None
 
 
 def overlapping_windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
@@ -142,4 +158,88 @@ def collate(
     row_moment = np.where(real, moment[at] - moment[start][:, None], PADDING)
     target = real & (at >= first[:, None]) & wanted[at]
     columns = item[at].astype(np.int64), row_moment.astype(np.int64), target, user[start]
-    return Batch(*map(torch.from_numpy, columns))
+    asked = at[target]
+    item_BL, moment_BL, target_BL, user_B = map(torch.from_numpy, columns)
+    return Batch(item_BL, moment_BL, target_BL, user_B, earlier(item, moment, user, asked, moment[asked]))
+
+
+# -- what came before --------------------------------------------------------------------------------------
+
+
+def earlier(
+    item: np.ndarray, moment: np.ndarray, owner: np.ndarray, stop: np.ndarray, now: np.ndarray
+) -> Earlier:
+    """Of T targets: the events (E,) before number stop[t] that are of the same owner as the one before it or at it,
+    and of earlier moments than now[t]; the REMEMBERED most recent of them.
+
+    item, moment, owner: (E,), those of an owner together, oldest first.
+    """
+    found = _earlier(item, moment, owner, stop, now, np.array(AGES), REMEMBERED)
+    return Earlier(*map(torch.from_numpy, found))
+
+
+def earlier_in_rows(batch: Batch) -> Earlier:
+    """The same of a batch's targets, as far as its rows go."""
+    row, place = (x.numpy() for x in batch.target.nonzero(as_tuple=True))
+    B, L = batch.item.shape
+    owner = np.repeat(np.arange(B), L)
+    now = batch.moment.numpy()[row, place]
+    return earlier(batch.item.numpy().ravel(), batch.moment.numpy().ravel(), owner, row * L + place, now)
+
+
+def earlier_of(histories: Histories) -> Earlier:
+    """The same of B users, asked after all that they did."""
+    item, _, now = padded_histories(histories)
+    L = item.shape[1] + 1  # with a place for what is asked
+    places = np.arange(len(histories)) * L
+    at = np.arange(len(histories.item)) + np.repeat(places - histories.offsets[:-1], histories.lengths)
+    owner = np.repeat(np.arange(len(histories)), L)
+    rows, moment = np.zeros(len(owner), np.int64), np.full(len(owner), PADDING)
+    rows[at], moment[at] = histories.item, histories_moments(histories)
+    return earlier(rows, moment, owner, places + histories.lengths, now.numpy())
+
+
+@njit(cache=True)
+def _earlier(
+    item: np.ndarray,
+    moment: np.ndarray,
+    owner: np.ndarray,
+    stop: np.ndarray,
+    now: np.ndarray,
+    ages: np.ndarray,
+    most: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """item (T, M) and times (T, M, A), the newest items first."""
+    T = len(stop)
+    start, distinct, largest = np.empty(T, np.int64), np.zeros(T, np.int64), 0
+    for t in range(T):
+        j, left = stop[t] - 1, most
+        while j >= 0 and left and owner[j] == owner[stop[t]]:
+            if moment[j] < now[t]:
+                left -= 1
+                largest = max(largest, item[j])
+            j -= 1
+        start[t] = j + 1
+    seen, slot = np.full(largest + 1, -1, np.int64), np.empty(largest + 1, np.int64)
+    for t in range(T):
+        for j in range(start[t], stop[t]):
+            if moment[j] < now[t] and seen[item[j]] != t:
+                seen[item[j]] = t
+                distinct[t] += 1
+    width = distinct.max() if T else 0
+    had, times = np.zeros((T, width), np.int64), np.zeros((T, width, len(ages) + 1), np.float32)
+    seen[:] = -1
+    for t in range(T):
+        n = 0
+        for j in range(stop[t] - 1, start[t] - 1, -1):
+            if moment[j] >= now[t]:
+                continue
+            i = item[j]
+            if seen[i] != t:
+                seen[i], slot[i], had[t, n] = t, n, i
+                n += 1
+            age = 0
+            while age < len(ages) and now[t] - moment[j] >= ages[age]:
+                age += 1
+            times[t, slot[i], age] += 1
+    return had, times
