@@ -163,6 +163,25 @@ def test_asked_twice_it_answers_the_same(fitted, factory, histories):
     np.testing.assert_array_equal(factory(*world()).retrieve(histories, 9).item, first.item)
 
 
+def test_similar_items_are_others_best_first(fitted):
+    if fitted.name in ("popularity", "repeats"):
+        with pytest.raises(ConfigError, match="compares no items"):
+            fitted.similar_items([1003])
+        return
+    some, fewer = fitted.similar_items([1003, 1007], k=5), fitted.similar_items([1003], k=2)
+    assert [item for item, _ in fewer[0]] == [item for item, _ in some[0][:2]]
+    for item, row in zip((1003, 1007), some, strict=True):
+        assert 0 < len(row) <= 5
+        assert len({other for other, _ in row} | {item}) == len(row) + 1
+        assert {other for other, _ in row} <= set(range(1000, 1000 + N))
+        assert (np.diff([score for _, score in row]) <= 0).all()
+    assert len(fitted.similar_items([1003], k=5 * N)[0]) <= N - 1
+    with pytest.raises(UnknownIdError):
+        fitted.similar_items([77])
+    with pytest.raises(ConfigError, match="k of 0"):
+        fitted.similar_items([1003], k=0)
+
+
 def test_nobody_asked(fitted):
     assert len(fitted.retrieve(Histories.of([]), 5)) == 0
 

@@ -189,6 +189,8 @@ def test_bad_settings_are_named():
             comirec(**{name: 0})
     with pytest.raises(ConfigError, match="at least 0"):
         comirec(disagreement=-1.0)
+    with pytest.raises(ConfigError, match="weight of variety is at least 0 and finite"):
+        aggregate(np.ones(3), np.zeros(3), 2, np.inf, np.arange(3))
     with pytest.raises(ConfigError, match="weight of variety"):
         comirec().retrieve_diverse(Histories.of([[1]]), 3, np.zeros(N), -1.0)
     with pytest.raises(DataError, match="categories of 3 items for a catalogue of 30"):

@@ -146,7 +146,7 @@ def test_new_items_are_known_by_their_content():
     made.add_items(more, np.stack([VECTORS[7], -VECTORS[7]]))
     vectors = made.vectors()
     np.testing.assert_allclose(vectors[N], vectors[7], rtol=1e-5, atol=1e-6)
-    assert N in made.similar_items(np.array([7]), 1).item
+    assert N in made.alike(np.array([7]), 1).item
     with_new = made.retrieve(HISTORIES, 8).item
     for old, now in zip(before, with_new, strict=True):
         assert [i for i in now if i < N][:3] == [i for i in old if i != MISSING][:3]
@@ -215,7 +215,9 @@ def test_bad_settings_and_vectors_are_named():
         make(dropout=1.0)
     with pytest.raises(DataError, match="3 item vectors for 20 items"):
         make(VECTORS[:3])
-    with pytest.raises(DataError, match="Vectors are finite"):
+    with pytest.raises(DataError, match=r"Vectors are \(items, width\) and finite"):
+        SasRec(Vocabulary(range(3)), vectors=np.ones(3, np.float32))
+    with pytest.raises(DataError, match=r"Vectors are \(items, width\) and finite"):
         make(VECTORS * np.inf)
 
 

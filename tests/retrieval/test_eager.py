@@ -319,7 +319,7 @@ def test_similar_items_are_alike_and_not_itself():
         rows[7] = rows[4] + 0.01
     config = replace(TINY)
     made = Eager(eager_ids(vectors, ITEMS, config), ITEMS, config, vectors)  # untrained, but content speaks
-    found = made.similar_items(np.array([4, 7]), 5)
+    found = made.alike(np.array([4, 7]), 5)
     assert found.item.shape == (2, 5)
     assert found.item[:, 0].tolist() == [7, 4]
     assert 4 not in found.item[0]
@@ -497,7 +497,7 @@ def test_a_new_item_is_like_those_of_its_text():
     vectors = {name: rows.copy() for name, rows in VECTORS.items()}
     made = Eager(eager_ids(vectors, ITEMS, TINY), ITEMS, TINY, vectors)
     made.add_items(NEW, NEW_VECTORS)
-    alike = made.similar_items(np.array([N, 7]), 3).item
+    alike = made.alike(np.array([N, 7]), 3).item
     assert alike[0, 0] == N + 2
     assert {N, N + 2} & set(alike[1].tolist())
 
@@ -564,7 +564,7 @@ def test_saved_and_loaded_it_answers_the_same(switch, tmp_path):
     first, second = made.retrieve(HISTORIES, 9), again.retrieve(HISTORIES, 9)
     np.testing.assert_array_equal(second.item, first.item)
     np.testing.assert_array_equal(second.score, first.score)
-    alike = [one.similar_items(np.array([1, 2]), 4).item for one in (made, again)]
+    alike = [one.alike(np.array([1, 2]), 4).item for one in (made, again)]
     np.testing.assert_array_equal(*alike)
     with pytest.raises(ConfigError, match="no item vectors to learn from"):
         again.fit(log())
@@ -629,6 +629,10 @@ def test_bad_settings_and_input_are_named():
         EagerConfig(transfer=-1.0)
     with pytest.raises(ConfigError, match=r"ranking='best'\. ranking is one of"):
         EagerConfig(ranking="best")
+    with pytest.raises(ConfigError, match="A weight is at least 0"):
+        EagerConfig(contrast=float("nan"))
+    with pytest.raises(ConfigError, match="A level has at least 2 clusters"):
+        EagerConfig(branches=1)
     with pytest.raises(ConfigError, match="contrast_loss='mse'"):
         EagerConfig(contrast_loss="mse")
     with pytest.raises(DataError, match=r'vectors of semantic\..*Add vectors\["behaviour"\]'):
@@ -636,8 +640,20 @@ def test_bad_settings_and_input_are_named():
     with pytest.raises(DataError, match=r"codes of .*The streams are"):
         Eager(eager_ids(VECTORS, ITEMS), ITEMS, EagerConfig(streams=("semantic",)))
     short = VECTORS | {"semantic": VECTORS["semantic"][:5]}
-    with pytest.raises(DataError, match="5 vectors of semantic for 24 items"):
+    with pytest.raises(DataError, match=r"vectors of semantic of shape \(5, "):
         Eager(eager_ids(VECTORS, ITEMS), ITEMS, vectors=short)
+    holes = VECTORS | {"semantic": np.where(np.arange(24)[:, None] == 3, np.nan, VECTORS["semantic"])}
+    for make in (
+        lambda vectors: eager_ids(vectors, ITEMS),
+        lambda vectors: Eager(ids, ITEMS, vectors=vectors),
+    ):
+        ids = eager_ids(VECTORS, ITEMS)
+        with pytest.raises(
+            DataError, match="numbers not finite. There is one finite vector for each of 24 items"
+        ):
+            make(holes)
+        with pytest.raises(DataError, match=r'vectors of behaviour\. .*Add vectors\["semantic"\]'):
+            make({"behaviour": VECTORS["behaviour"]})
     with pytest.raises(DataError, match="24 semantic IDs of behaviour for 1 items"):
         Eager(eager_ids(VECTORS, ITEMS), Vocabulary(["x"]))
     empty = np.empty(0, np.int32)

@@ -133,6 +133,8 @@ def test_bad_input_is_named(make):
     for bad in (np.nan, np.inf):
         with pytest.raises(DataError, match="interests of type float32, 1 not finite"):
             index.search(np.where(np.arange(D) == 0, bad, INTERESTS[:1, :1]).astype(np.float32), 3)
+        with pytest.raises(DataError, match="an index of no items"):
+            make(np.empty((0, 4), np.float32))
         with pytest.raises(DataError, match="item vectors of type float32, 60 not finite"):
             make(np.where(np.arange(D) == 0, bad, VECTORS).astype(np.float32))
 

@@ -141,6 +141,6 @@ def test_bad_settings_are_named():
     for wrong in ({"interests": 0}, {"iterations": 0}, {"users": -1}, {"hidden": 0}):
         with pytest.raises(ConfigError, match="at least one interest"):
             mind(**wrong)
-    for wrong in ({"squash": -0.1}, {"sigma": -1.0}, {"disagreement": -1.0}):
+    for wrong in ({"squash": -0.1}, {"sigma": -1.0}, {"disagreement": -1.0}, {"sigma": float("nan")}):
         with pytest.raises(ConfigError, match="All are at least 0"):
             mind(**wrong)

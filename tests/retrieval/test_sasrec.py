@@ -109,7 +109,7 @@ def test_similar_items_are_those_of_alike_vectors_and_not_itself():
     made = sasrec()
     vectors = made.network.vectors().detach().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = made.similar_items(np.array([4, 7]), 5)
+    found = made.alike(np.array([4, 7]), 5)
     for row, item in zip(found.item, (4, 7), strict=True):
         order = [i for i in np.argsort(-(vectors @ vectors[item])) if i != item]
         assert row.tolist() == order[:5]

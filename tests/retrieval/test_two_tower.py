@@ -152,6 +152,14 @@ def test_untrained_and_with_content_it_finds_what_is_alike_new_items_too():
 
 
 def test_bad_settings_are_named():
-    for wrong in ({"temperature": 0.0}, {"uniform": -1}, {"users": -1}, {"ages": 0}, {"hidden": 0}):
+    for wrong in (
+        {"temperature": 0.0},
+        {"uniform": -1},
+        {"users": -1},
+        {"ages": 0},
+        {"hidden": 0},
+        {"rate": 0.0},
+        {"temperature": float("nan")},
+    ):
         with pytest.raises(ConfigError, match="The temperature is above 0"):
             make(**wrong)

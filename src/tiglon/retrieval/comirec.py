@@ -61,7 +61,7 @@ class ComiRecConfig(DenseConfig):
         for name in ("interests", "iterations", "attention"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
-        if self.disagreement < 0:
+        if not self.disagreement >= 0:
             raise ConfigError(f"disagreement={self.disagreement}", rule="It is at least 0")
 
 
@@ -198,11 +198,11 @@ def aggregate(
     """Places of the min(k, n) chosen of n items, in the order of their choice, and what each brought:
     its fit − weight · (items of its category chosen before). What they bring never rises.
 
-    fit, category: (n,).   order: (n,) which of equal gains goes first, the lower. Raises ConfigError for a
-    negative weight.
+    fit, category: (n,).   order: (n,) which of equal gains goes first, the lower. Raises ConfigError for a weight
+    below 0 or infinite.
     """
-    if not weight >= 0:
-        raise ConfigError(f"a weight of {weight}", rule="The weight of variety is at least 0")
+    if not 0 <= weight < np.inf:
+        raise ConfigError(f"a weight of {weight}", rule="The weight of variety is at least 0 and finite")
     gain = fit.astype(np.float64)
     chosen, gained = [], []
     for _ in range(min(k, len(fit))):

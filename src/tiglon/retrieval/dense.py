@@ -24,7 +24,7 @@ from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
-from tiglon.retrieval.index import ExactIndex, Index, merge
+from tiglon.retrieval.index import ExactIndex, Index, merge, most_alike
 from tiglon.retrieval.repetition import padded
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.softmax import UnigramSampler
@@ -79,8 +79,11 @@ class DenseRetriever(Retriever):
         """vectors: (N, C) of the items' content; None for ids alone."""
         if vectors is not None and len(vectors) != len(items):
             raise DataError(f"{len(vectors)} item vectors for {len(items)} items")
-        if vectors is not None and not np.isfinite(vectors).all():
-            raise DataError("item vectors with NaN or infinite values", rule="Vectors are finite")
+        if vectors is not None and (np.ndim(vectors) != 2 or not np.isfinite(vectors).all()):
+            raise DataError(
+                f"item vectors of shape {np.shape(vectors)}, {int((~np.isfinite(vectors)).sum())} numbers not finite",
+                rule="Vectors are (items, width) and finite",
+            )
         self.items, self.config = items, config or self.Config()
         torch.manual_seed(self.config.train.seed)
         self.network = self._network(vectors).eval()
@@ -226,13 +229,9 @@ class DenseRetriever(Retriever):
         product[~present[owner]] = -np.inf
         return owner, item, product.max(axis=1, initial=-np.inf) + self.network.temperature * offset
 
-    def similar_items(self, items: np.ndarray, k: int) -> Candidates:
-        """The k items whose vectors are most alike (cosine) to each of these dense items (B,)."""
-        vectors = self.vectors()
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
-        themselves = Histories.of([[i] for i in items])
-        require_dense(themselves, len(self.items))
-        return ExactIndex(vectors).search(vectors[items], k, seen=themselves, source="similar")
+    def alike(self, items: np.ndarray, k: int) -> Candidates:
+        """As `Retriever.alike`, by the cosine of the items' vectors."""
+        return most_alike(self.vectors(), items, k, self.name)
 
     def _ready(self) -> tuple[torch.Tensor, np.ndarray, Index]:
         """Vectors of the items as histories are read (N, D), those that are searched, and the index; until they change."""

@@ -58,13 +58,13 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
-from tiglon.retrieval.index import ExactIndex
+from tiglon.retrieval.index import ExactIndex, most_alike
 from tiglon.retrieval.prefixes import centred
 from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
-from tiglon.retrieval.topk import require_dense, tie_keys, top_items
+from tiglon.retrieval.topk import require_dense, tie_keys
 from tiglon.retrieval.windows import Batch, WindowBatches, moments, overlapping_windows, padded_histories
 from tiglon.semantic_ids.balanced_kmeans import ClusterTree, balanced_codes
 from tiglon.semantic_ids.catalog import SemanticIds
@@ -100,11 +100,13 @@ class EagerConfig:
         for name in ("window", "batch_targets", "beams", "validation_users"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if self.branches < 2:
+            raise ConfigError(f"branches={self.branches}", rule="A level has at least 2 clusters")
         if self.streams not in ((BEHAVIOUR, SEMANTIC), (BEHAVIOUR,), (SEMANTIC,)):
             raise ConfigError(
                 f"streams={self.streams}", rule=f"({BEHAVIOUR!r}, {SEMANTIC!r}), or one of them"
             )
-        if self.contrast < 0 or self.transfer < 0:
+        if not (self.contrast >= 0 and self.transfer >= 0):
             raise ConfigError(
                 f"contrast={self.contrast}, transfer={self.transfer}", rule="A weight is at least 0"
             )
@@ -140,6 +142,16 @@ def eager_ids(
     """
     config = config or EagerConfig()
     made = {}
+    require_vectors(vectors, items, config)
+    for name in config.streams:
+        codes = balanced_codes(vectors[name], items, config.branches, seed=config.train.seed)
+        *sizes, last = (int(size) for size in codes.max(axis=0, initial=0) + 1)
+        made[name] = SemanticIds(codes, (*sizes, 2 * last), np.ones(len(items), bool))
+    return made
+
+
+def require_vectors(vectors: Mapping[str, np.ndarray], items: Vocabulary, config: EagerConfig) -> None:
+    """Raise DataError unless every stream has a finite vector for each item."""
     for name in config.streams:
         if name not in vectors:
             raise DataError(
@@ -147,10 +159,12 @@ def eager_ids(
                 rule=f"EAGER has the streams {', '.join(config.streams)}",
                 fix=f'Add vectors["{name}"], or leave the stream out of EagerConfig.streams',
             )
-        codes = balanced_codes(vectors[name], items, config.branches, seed=config.train.seed)
-        *sizes, last = (int(size) for size in codes.max(axis=0, initial=0) + 1)
-        made[name] = SemanticIds(codes, (*sizes, 2 * last), np.ones(len(items), bool))
-    return made
+        rows = vectors[name]
+        if np.ndim(rows) != 2 or len(rows) != len(items) or not np.isfinite(rows).all():
+            raise DataError(
+                f"vectors of {name} of shape {np.shape(rows)}, {int((~np.isfinite(rows)).sum())} numbers not finite",
+                rule=f"There is one finite vector for each of {len(items)} items",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +230,11 @@ class Eager(Retriever):
             raise DataError(f"codes of {tuple(ids)}", rule=f"The streams are {self.config.streams}")
         self.fitted_items = len(items)
         self.frozen: dict[str, np.ndarray] | None = None  # what GCT pulls towards, while learning
-        for name in ids:
-            for what, rows in (("semantic IDs", ids[name]), ("vectors", vectors and vectors.get(name))):
-                if rows is not None and len(rows) != len(items):
-                    raise DataError(f"{len(rows)} {what} of {name} for {len(items)} items")
+        for name, system in ids.items():
+            if len(system) != len(items):
+                raise DataError(f"{len(system)} semantic IDs of {name} for {len(items)} items")
+        if vectors is not None:
+            require_vectors(vectors, items, self.config)
         self.vectors = {  # (n, C) of the fitted items
             name: np.ascontiguousarray(vectors[name], np.float32) for name in ids if vectors is not None
         }
@@ -300,7 +315,7 @@ class Eager(Retriever):
                 "ids": {name: system.ids.version for name, system in self.systems.items()},
                 "vectors": {name: zlib.crc32(rows.tobytes()) for name, rows in self.frozen.items()},
                 "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
-                **{key: value for key, value in asdict(c).items() if key not in ("train", "ranking")},
+                **{key: value for key, value in asdict(c).items() if key != "train"},
             },
         )
         self.log = log
@@ -399,17 +414,13 @@ class Eager(Retriever):
         items, scores = np.take_along_axis(items, order, axis=1), np.take_along_axis(scores, order, axis=1)
         return Candidates(items, scores.astype(np.float32), self.name)
 
-    def similar_items(self, items: np.ndarray, k: int) -> Candidates:
-        """The k items most alike to each of these dense items (B,): the mean over the streams of the cosine
-        of what items say to the encoder."""
-        require_k(k)
-        with torch.inference_mode():
-            streams = self.network.streams.items()
-            said = [stream.items(stream.embed(self.systems[name].codes)) for name, stream in streams]
-            parts = [F.normalize(vectors, dim=1) for vectors in said]
-            vectors = torch.cat(parts, dim=1) * len(parts) ** -0.5
-            scores = (vectors[torch.from_numpy(items)] @ vectors.T).numpy()
-        return top_items(scores, k, Histories.of([[i] for i in items]), source=self.name)
+    @torch.inference_mode()
+    def alike(self, items: np.ndarray, k: int) -> Candidates:
+        """As `Retriever.alike`: the mean over the streams of the cosine of what items say to the encoder."""
+        streams = self.network.streams.items()
+        said = [stream.items(stream.embed(self.systems[name].codes)) for name, stream in streams]
+        vectors = torch.cat([F.normalize(rows, dim=1) for rows in said], dim=1)
+        return most_alike(vectors.numpy(), items, k, self.name)
 
     # -- items that arrive later -----------------------------------------------------------------
 

@@ -177,6 +177,20 @@ class FaissIndex:
         return Candidates(*merge(item, score, k, self.order), source)
 
 
+def most_alike(
+    vectors: np.ndarray, items: np.ndarray, k: int, source: str, deny: np.ndarray | None = None
+) -> Candidates:
+    """The k rows of (N, D) float32 whose cosine with each of these rows (B,) is largest, but for itself.
+
+    deny: (N,) bool, rows that are never found.
+    """
+    require_k(k)
+    themselves = Histories.of([[i] for i in items])
+    require_dense(themselves, len(vectors))
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    return ExactIndex(vectors).search(vectors[items], k, seen=themselves, deny=deny, source=source)
+
+
 def merge(item: np.ndarray, score: np.ndarray, k: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The k best of lists (B, m) without repetitions, best first. order: (N,) `tie_order`."""
     ranks = np.lexsort((order[item], -score), axis=1)[:, :k]
@@ -196,6 +210,8 @@ def _once(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _finite(vectors: np.ndarray, what: str) -> np.ndarray:
+    if what == "item vectors" and not len(vectors):
+        raise DataError("an index of no items", rule="There is something to search")
     if vectors.dtype != np.float32 or not np.isfinite(vectors).all():
         raise DataError(
             f"{what} of type {vectors.dtype}, {int((~np.isfinite(vectors)).any(axis=-1).sum())} not finite",

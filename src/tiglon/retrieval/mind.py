@@ -68,7 +68,7 @@ class MindConfig(DenseConfig):
                 rule="The power is 0, 1 … 16 or math.inf",
                 fix="Take math.inf for the best interest alone",
             )
-        if self.squash < 0 or self.sigma < 0 or self.disagreement < 0:
+        if not (self.squash >= 0 and self.sigma >= 0 and self.disagreement >= 0):
             raise ConfigError(
                 f"squash={self.squash}, sigma={self.sigma}, disagreement={self.disagreement}",
                 rule="All are at least 0",

@@ -258,20 +258,14 @@ class Repeats(CatalogueScorer):
 class Neighbours(CatalogueScorer):
     """Retrievers whose evidence is the neighbourhood of each item of the history."""
 
-    def similar_items(self, items: Sequence[Any], k: int = 10) -> list[list[tuple[Any, float]]]:
-        """(raw item id, score) lists for raw item ids, best first; only true neighbours, so maybe fewer than k.
-
-        Raises UnknownIdError, ConfigError.
-        """
+    def alike(self, items: np.ndarray, k: int) -> Candidates:
+        """As `Retriever.alike`; only true neighbours."""
         require_k(k)
         self._require_fitted()
-        alone = Histories.of(list(self.items.require(items, "item")[:, None]))
+        alone = Histories.of([[i] for i in items])
+        require_dense(alone, len(self.items))
         scores = self._evidence(alone)
-        best = top_items(np.where(scores > 0, scores, -np.inf), k, alone)
-        return [
-            list(zip(self.items.decode(item[item >= 0]), score[item >= 0].tolist(), strict=True))
-            for item, score in zip(best.item, best.score, strict=True)
-        ]
+        return top_items(np.where(scores > 0, scores, -np.inf), k, alone, source=self.name)
 
 
 class TextNeighbours(Neighbours):

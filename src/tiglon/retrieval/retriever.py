@@ -54,11 +54,30 @@ class Retriever(abc.ABC):
             histories = self.log.before(self.log.users.require(users, "user"))
         else:
             raise ConfigError("neither a stored log nor a history", fix="Pass history=[[item ids], …]")
-        found = self.retrieve(histories, k, exclude_seen=exclude_seen)
-        return [
-            [(item, float(s)) for item, s in zip(self.items.decode(row[row != MISSING]), score, strict=False)]
-            for row, score in zip(found.item, found.score, strict=True)
-        ]
+        return raw_lists(self.retrieve(histories, k, exclude_seen=exclude_seen), self.items)
+
+    def alike(self, items: np.ndarray, k: int) -> Candidates:
+        """The k items most alike to each of these dense items (B,), never itself; perhaps fewer.
+
+        Raises ConfigError from a retriever that compares no items, such as popularity.
+        """
+        raise ConfigError(
+            f"'{self.name}' compares no items",
+            fix="Ask one that does, such as text neighbours, co-occurrence, SASRec or TIGER",
+        )
+
+    def similar_items(self, items: Sequence[Any], k: int = 10) -> list[list[tuple[Any, float]]]:
+        """(raw item id, score) lists for raw item ids, best first. Raises UnknownIdError, ConfigError."""
+        require_k(k)
+        return raw_lists(self.alike(self.items.require(items, "item"), k), self.items)
+
+
+def raw_lists(found: Candidates, items: Vocabulary) -> list[list[tuple[Any, float]]]:
+    """(raw item id, score) lists."""
+    return [
+        [(item, float(s)) for item, s in zip(items.decode(row[row != MISSING]), score, strict=False)]
+        for row, score in zip(found.item, found.score, strict=True)
+    ]
 
 
 def require_k(k: int) -> None:

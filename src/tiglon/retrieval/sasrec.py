@@ -57,10 +57,9 @@ class SasRecConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers < 1 or self.heads < 1:
-            raise ConfigError(
-                f"layers={self.layers}, heads={self.heads}", rule="layers is at least 1, as is heads"
-            )
+        for name in ("layers", "heads", "hidden", "distances"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
         if self.width % self.heads:
             raise ConfigError(f"width={self.width}, heads={self.heads}", rule="The heads share the width")
 

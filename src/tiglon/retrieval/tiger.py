@@ -29,6 +29,7 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import beam_search
+from tiglon.retrieval.index import most_alike
 from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
@@ -250,6 +251,14 @@ class Tiger(Retriever):
             return network.decoder_for(memory, now)
         returns = Returns.of(network.repetition, histories, self._codes, self.trie)
         return network.decoder_for(memory, now, returns)
+
+    @torch.inference_mode()
+    def alike(self, items: np.ndarray, k: int) -> Candidates:
+        """As `Retriever.alike`, by the cosine of what items say to the encoder, the sum of their codes' vectors."""
+        network: Any = self.network
+        embed = network.embed if isinstance(network, CausalTiger) else network.embed_codes
+        vectors = torch.cat([embed(codes).sum(dim=1) for codes in self._codes.split(1 << 16)])
+        return most_alike(vectors.numpy(), items, k, self.name, ~self.ids.alive)
 
     # -- items that arrive later -----------------------------------------------------------------
 

@@ -96,6 +96,10 @@ class PaperTiger(nn.Module):
         )  # a basket longer than a window
         return np.stack([start, target + 1, target], axis=1)
 
+    def embed_codes(self, codes_NS: Tensor) -> Tensor:
+        """(N, S, D)."""
+        return self.token(codes_NS + self.offsets)
+
     # -- history → memory ----------------------------------------------------------------------
 
     def tokens(self, codes_BLS: Tensor, visible_BL: Tensor, user_B: Tensor | None) -> tuple[Tensor, Tensor]:

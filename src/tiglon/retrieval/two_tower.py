@@ -70,11 +70,13 @@ class TwoTowerConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0 or self.uniform < 0 or self.users < 0 or self.ages < 1 or self.hidden < 1:
+        counts = self.uniform >= 0 and self.users >= 0 and self.ages >= 1 and self.hidden >= 1
+        if not (self.temperature > 0 and 0 < self.rate <= 1 and counts):
             raise ConfigError(
                 f"temperature={self.temperature}, uniform={self.uniform}, users={self.users}, "
-                f"ages={self.ages}, hidden={self.hidden}",
-                rule="The temperature is above 0, uniform and users at least 0, ages and hidden at least 1",
+                f"ages={self.ages}, hidden={self.hidden}, rate={self.rate}",
+                rule="The temperature is above 0, the rate lies in 0 … 1 without 0, uniform and users are at least 0, "
+                "ages and hidden at least 1",
             )
 
 
