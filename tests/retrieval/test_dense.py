@@ -216,7 +216,7 @@ def test_bad_settings_and_vectors_are_named():
     with pytest.raises(DataError, match="3 item vectors for 20 items"):
         make(VECTORS[:3])
     with pytest.raises(DataError, match=r"Vectors are \(items, width\) and finite"):
-        SasRec(Vocabulary(range(3)), vectors=np.ones(3, np.float32))
+        make(VECTORS[:, 0])
     with pytest.raises(DataError, match=r"Vectors are \(items, width\) and finite"):
         make(VECTORS * np.inf)
 
