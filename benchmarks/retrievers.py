@@ -10,7 +10,7 @@ without either of its tasks `benchmarks/eager.py`.
 
 Bundles and result.json go to --out, a folder a run; a run that has its result is not made again, and one that was
 killed goes on. Prints, mean ± standard deviation over seeds: Recall and NDCG at 5, 10, 20, coverage, recall of popular
-and of rare items, the minutes given to training and megabytes.
+and of rare items, minutes of training and megabytes.
 """
 
 from __future__ import annotations
@@ -101,12 +101,11 @@ def run(data: str, folder: Path, minutes: float, changes: dict[str, str], consol
 
 
 def cost(bundle: Bundle, name: str) -> dict[str, float]:
-    """Minutes given to training and megabytes on the disk."""
+    """Minutes of training, selection with it, and megabytes on the disk."""
     assert bundle.path is not None
     folder = bundle.path / (name if name == "tiger" else f"retrievers/{name}")
-    settings = bundle.recipe[name.partition(" ")[0]]  # "comirec sa" is made by the settings of comirec
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {"minutes": settings["train"]["minutes"], "megabytes": size / 1e6}
+    return {"minutes": bundle.minutes[name], "megabytes": size / 1e6}
 
 
 class Teller(Reporter):

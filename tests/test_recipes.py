@@ -334,6 +334,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(world_tables, tiny, tm
     assert any(line.startswith("Going on with the run in ") for line in listener.lines)
     unbroken = train(*tables, tmp_path / "other", changes=changes)
     assert resumed.metrics["rows"] == unbroken.metrics["rows"]
+    assert resumed.version == unbroken.version
+    assert set(resumed.minutes) == {"tiger", *resumed.others}
+    assert all(minutes > 0 for minutes in resumed.minutes.values())
     assert resumed.recommend([1, 2], 5) == unbroken.recommend([1, 2], 5)
 
 

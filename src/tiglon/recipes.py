@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -443,12 +444,15 @@ def train(
     model = Tiger(ids, catalogue.vocabulary, settings.tiger, vectors=vectors)
     count = sum(p.numel() for p in model.network.parameters())
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
+    began, minutes_of = time.monotonic(), dict[str, float]()
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
+    minutes_of[model.name] = (time.monotonic() - began) / 60
     content = None if text.silent and text.behaviour is None else vectors
-    learned = [
-        learn(name, settings, split.train, split.validation, content, work, reporter)
-        for name in settings.retrievers
-    ]
+    learned = []
+    for name in settings.retrievers:
+        began = time.monotonic()
+        learned.append(learn(name, settings, split.train, split.validation, content, work, reporter))
+        minutes_of[learned[-1].name] = (time.monotonic() - began) / 60
 
     reporter.say("Fitting the retrievers without training …")
     config = TextConfig(template=settings.text.template or text_template(catalogue))
@@ -466,6 +470,7 @@ def train(
         recipe=asdict(settings),
         metrics={},
         others={retriever.name: retriever for retriever in learned},
+        minutes=minutes_of,
     )
     reporter.say("Learning how to order what they find …")
     bundle = bundle.with_funnel(

@@ -188,6 +188,7 @@ class Bundle:
     funnel_config: FunnelConfig = field(default_factory=FunnelConfig)
     ranker: LifelongRanker | None = None
     others: Mapping[str, Retriever] = field(default_factory=dict)  # by name: what else the funnel asks
+    minutes: Mapping[str, float] = field(default_factory=dict)  # by name: of training, selection with it
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -451,6 +452,7 @@ class Bundle:
             "recipe": self.recipe,
             "exclude_seen": self.exclude_seen,
             "retrievers": list(self.others),
+            "minutes": dict(self.minutes),
             "ids": {"version": self.tiger.ids.version, "parent": self.tiger.ids.parent},
             "data": {
                 "events": len(self.histories.item),
@@ -488,6 +490,7 @@ class Bundle:
                 funnel_config=funnel_config,
                 ranker=LifelongRanker.load(path / "ranker") if (path / "ranker").is_dir() else None,
                 others={n: load_retriever(path / "retrievers" / n) for n in manifest.get("retrievers", [])},
+                minutes=manifest.get("minutes", {}),
                 manifest=manifest,
                 path=path,
             )
@@ -662,8 +665,9 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
 
 
 def _version(manifest: dict[str, Any]) -> str:
-    """Hash of the content: everything but the version itself and the time of writing."""
-    content = {name: value for name, value in manifest.items() if name not in ("version", "created")}
+    """Hash of the content: everything but the version itself, the time of writing and how long training took."""
+    left_out = ("version", "created", "minutes")
+    content = {name: value for name, value in manifest.items() if name not in left_out}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
