@@ -129,6 +129,32 @@ def test_each_targets_loss_is_that_of_its_prefix_alone(switch):
 
 
 @torch.no_grad()
+def test_tasks_of_some_rows_have_the_mean_of_all():
+    """The codes' losses stay; a task's are those of the drawn rows, and their mean is that of the drawn."""
+    whole, some, lives = eager(), eager(task_share=0.5), batch(LIVES)
+    owner = lives.target.nonzero()[:, 0]
+    every = whole.losses(lives)
+    T, drawn_often = len(owner), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = some.losses(lives)
+        for name in BOTH:
+            assert torch.equal(found[name], every[name])
+        there = found["contrast"] != 0
+        drawn = owner[there].unique().tolist()
+        drawn_often.update(drawn)
+        assert len(drawn) == round(len(LIVES) / 2)
+        assert torch.equal(there, torch.isin(owner, torch.tensor(drawn)))
+        torch.testing.assert_close(
+            found["contrast"][there], every["contrast"][there] * (T / int(there.sum()))
+        )
+        assert torch.equal(found["transfer"] != 0, there)
+    assert drawn_often == set(range(len(LIVES)))
+    with pytest.raises(ConfigError, match=r"task_share=0\. It lies in 0 … 1"):
+        EagerConfig(task_share=0)
+
+
+@torch.no_grad()
 def test_the_summary_token_does_not_move_a_bit_of_the_codes():
     made, lives = eager(), batch(LIVES)
     given = made.losses(lives)

@@ -14,9 +14,10 @@ time-interval embedding z_i = [e_i; e_Δt], multi-head attention (eqs. 2–3), L
 Deviations. The ESU is `TargetAttention`, that of all two-stage units here: a candidate meets z's item part in
 a dot product, the time interval and the other cross features in a bias. Δt is cut at powers of two. The soft
 search is exact; ALSH is left out. U_r is divided by the number of behaviours, else its size would be that of
-the history (the paper trains on samples of a long one). W_a and W_b begin as one orthonormal projection: the product of two
-random ones has no sign, r_i e_i means the same with both signs, and a search for the least alike never learns
-better. An unknown category matches nothing. Beyond the newest k of its category, the hard search drops the rest.
+the history (the paper trains on samples of a long one). W_a and W_b begin as one orthonormal projection: the
+product of two random ones has no sign, r_i e_i means the same with both signs, and a search for the least alike
+never learns better. The index of categories is made of the life that a request brings. An unknown category
+matches nothing. Beyond the newest k of its category, the hard search drops the rest.
 
 Cost a request: hard, K·(log L + k) after one sort of the L categories; soft, K·L·w products over keys that are
 looked up (w = search_width); both, attention over K·k behaviours.

@@ -10,15 +10,15 @@ become one number a feature and head.
 
 Covered (§4): the split K = [K_h | K_c] and its projections, α = (K_h W^h)(qᵀ W^q)ᵀ / √d + (K_c W^c) β in both
 stages, softmax(α)ᵀ K W^v over the unsplit features of the behaviours found, W^o over the heads, the traversal
-of the heads' lists to 100 unique behaviours that all heads share, and the cache of all items' projections
-that is refreshed beside the weights.
+of the heads' lists to 100 unique behaviours that all heads share, and the cache of all items' projections,
+which `refresh` makes (a ranker that serves has it; training projects the items that occur).
 
 Deviations. The paper leaves the projections' beginning open: here W^q and W^h begin as the same orthonormal
 projection, scaled so that an item scores 4 with itself. Where 1 of 300 behaviours decides, that reaches AUC .90
 in 400 steps, drawn apart .52 (docs/log.md). In training the search reads keys of the step's own
 weights; nothing is stale there. Biases of the cross features are looked up as well: w_j β_j of every code.
 
-Cost a request: reading L cached keys of A·d numbers, K·A·d·L multiplications, no product of size L × H;
+Cost a request, with the cache: reading L keys of A·d numbers, K·A·d·L multiplications, no product of size L × H;
 then attention over K·k behaviours, all projections live.
 
 Letters: B requests, K candidates, L behaviours, k chosen ones, A heads, d width of a head, N items, H width

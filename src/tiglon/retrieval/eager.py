@@ -89,6 +89,7 @@ class EagerConfig:
     contrast: float = 1.0  # λ1 of GCT, paper: 1; 0 switches it off
     contrast_loss: Literal["smooth-l1", "info-nce"] = "smooth-l1"  # the paper's; the released code's
     transfer: float = 1.0  # λ2 of SGT, paper: 1; 0 switches it off; there is none with one stream
+    task_share: float = 1.0  # of a step's rows, from which both tasks learn; paper: all
     ranking: Literal["own", "both"] = "both"  # log-probability by an item's own stream (paper: "own"; an item
     # of both beams has the larger one), or by both streams, added (the released code)
     window: int = 50  # most recent events read; paper: 20
@@ -100,6 +101,8 @@ class EagerConfig:
         for name in ("window", "batch_targets", "beams", "validation_users"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if not 0 < self.task_share <= 1:
+            raise ConfigError(f"task_share={self.task_share}", rule="It lies in 0 … 1 without 0")
         if self.branches < 2:
             raise ConfigError(f"branches={self.branches}", rule="A level has at least 2 clusters")
         if self.streams not in ((BEHAVIOUR, SEMANTIC), (BEHAVIOUR,), (SEMANTIC,)):
@@ -260,7 +263,8 @@ class Eager(Retriever):
         transfer = c.transfer > 0 and len(streams) == 2
         tasks = None
         if vectors is not None and (c.contrast > 0 or transfer):
-            tasks = Tasks(streams, widths, c.contrast_loss if c.contrast > 0 else None, transfer)
+            contrast = c.contrast_loss if c.contrast > 0 else None
+            tasks = Tasks(streams, widths, contrast, transfer, c.task_share)
         self.network = EagerNetwork(c.model, streams, tasks).eval()
 
     # -- learning ------------------------------------------------------------------------------

@@ -181,31 +181,43 @@ class EagerNetwork(nn.Module):
         memories = self.encode(embedded, moment_BL)
         found: dict[str, Tensor] = {}
         summaries: dict[str, Tensor] = {}
+        tasks = self.tasks
+        row_R = torch.arange(0) if tasks is None else some_rows(len(moment_BL), tasks.share)
+        asked = target_BL[row_R]
         for name, stream in self.streams.items():
             known = embedded[name][:, :, :-1]
             states, past = stream.states(memories[name], known, moment_BL)
             given = codes[name][target_BL], allowed[name], returns[name]
             found[name] = stream.losses(states[target_BL], *given).sum(dim=1)
-            if self.tasks is not None:
-                summary = self.tasks.summaries[name]
-                summaries[name] = summary(stream, memories[name], past, embedded[name], moment_BL)[target_BL]
-        tasks = self.tasks
+            if tasks is not None:
+                some = memories[name].rows(row_R), rows_of(past, row_R, len(moment_BL))
+                read = tasks.summaries[name](stream, *some, embedded[name][row_R], moment_BL[row_R])
+                summaries[name] = read[asked]
         if tasks is None:
             return found
+        chosen_T = torch.zeros(target_BL.shape, dtype=torch.bool).index_fill(0, row_R, True)[target_BL]
+
+        def spread(loss: Tensor) -> Tensor:
+            """(T,) with the mean that the losses of the chosen have."""
+            whole = loss.new_zeros(len(chosen_T))
+            whole[chosen_T] = loss * (len(chosen_T) / max(len(loss), 1))
+            return whole
+
         if tasks.contrast is not None and wanted is not None:
             parts = []
             for name, summary_TD in summaries.items():
                 guess_TC = tasks.summaries[name].project(summary_TD).float()
                 if tasks.contrast == "smooth-l1":
-                    parts.append(smooth_l1(guess_TC, wanted[name]))
+                    parts.append(smooth_l1(guess_TC, wanted[name][chosen_T]))
                 else:
                     assert drawn is not None
-                    parts.append(info_nce(guess_TC, wanted[name], *drawn[name]))
-            found["contrast"] = torch.stack(parts).sum(dim=0)
+                    vectors_MC, same_TM = drawn[name]
+                    parts.append(info_nce(guess_TC, wanted[name][chosen_T], vectors_MC, same_TM[chosen_T]))
+            found["contrast"] = spread(torch.stack(parts).sum(dim=0))
         if tasks.transfer is not None:
-            truth = codes[BEHAVIOUR][target_BL]
+            truth = codes[BEHAVIOUR][row_R][asked]
             guide = summaries[SEMANTIC].detach()  # semantics teach behaviour, not the other way
-            found["transfer"] = tasks.transfer.loss(self.streams[BEHAVIOUR], truth, guide)
+            found["transfer"] = spread(tasks.transfer.loss(self.streams[BEHAVIOUR], truth, guide))
         return found
 
 
@@ -213,6 +225,7 @@ class Tasks(nn.Module):
     """What only learning needs: a summary token a stream, and the transfer from semantics to behaviour.
 
     contrast: how summaries are pulled towards the frozen vectors of the next item, or None.
+    share: of the rows of a batch, drawn anew at each step, from which tasks learn; they cost as much as the rest.
     """
 
     def __init__(
@@ -221,12 +234,25 @@ class Tasks(nn.Module):
         content_widths: Mapping[str, int],
         contrast: Literal["smooth-l1", "info-nce"] | None,
         transfer: bool,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
-        self.contrast = contrast
+        self.contrast, self.share = contrast, share
         summaries = {name: Summary(stream, content_widths[name]) for name, stream in streams.items()}
         self.summaries: Mapping[str, Summary] = nn.ModuleDict(summaries)  # type: ignore[assignment]
         self.transfer = Transfer(streams[BEHAVIOUR]) if transfer else None
+
+
+def some_rows(rows: int, share: float) -> Tensor:
+    """(R,) a share of the rows, at least one, in their order; all without a draw."""
+    if share >= 1:
+        return torch.arange(rows)
+    return torch.randperm(rows)[: max(1, round(share * rows))].sort().values
+
+
+def rows_of(past: Sequence[KeysValues], row_R: Tensor, rows: int) -> list[KeysValues]:
+    """Of keys and values (B · L, …) those of some of the B rows."""
+    return [tuple(x.unflatten(0, (rows, -1))[row_R].flatten(0, 1) for x in pair) for pair in past]
 
 
 # -- the global contrastive task ---------------------------------------------------------------------

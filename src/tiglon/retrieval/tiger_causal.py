@@ -72,6 +72,11 @@ class Memory(NamedTuple):
     layers: list[KeysValues]
     moment_BK: Tensor  # −1 for the start state, later than everything for padding
 
+    def rows(self, row_R: Tensor) -> Memory:
+        """Of some of the users."""
+        layers = [(k[row_R], v[row_R]) for k, v in self.layers]
+        return Memory(self.states_BKD[row_R], layers, self.moment_BK[row_R])
+
 
 class CodeDecoder(nn.Module):
     """The half of a network that writes codes. What it shares with the other half, or draws after it, is declared
