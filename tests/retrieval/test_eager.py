@@ -42,6 +42,7 @@ LIVES = [
 HISTORIES = Histories.of([[3, 8, 3, 21], [], [N - 1], list(range(18)), [5, 6]])
 SWITCHES = {
     "whole": {},
+    "pairs": {"model": replace(MODEL, pairs=10_000)},
     "info-nce": {"contrast_loss": "info-nce"},
     "without contrast": {"contrast": 0.0},
     "without transfer": {"transfer": 0.0},
@@ -115,7 +116,7 @@ def test_allowed_codes_are_those_of_items_with_the_same_prefix():
 # -- one pass, two streams -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switch", ["whole", "behaviour alone"])
+@pytest.mark.parametrize("switch", ["whole", "pairs", "behaviour alone"])
 @torch.no_grad()
 def test_each_targets_loss_is_that_of_its_prefix_alone(switch):
     made = eager(**{"transfer": 0.0} | SWITCHES[switch])  # the transfer draws what it hides
@@ -215,6 +216,8 @@ def test_gradients_are_finite_and_reach_every_parameter(switch, bfloat16):
     assert loss.shape == (3 * sum(map(len, LIVES)),)
     found = gradients(made, loss.mean())
     unread = ["tasks.summaries."] if switch == "without contrast" else []  # they only guide
+    if switch == "pairs":  # one input sees itself alone
+        unread += [f"streams.{name}.bias_self" for name in BOTH]
     for name, p in made.network.named_parameters():
         if not any(part in name for part in unread):
             assert name in found, name
@@ -295,7 +298,7 @@ def log_p(made, life, items=range(N)):
         return {name: -loss.numpy() for name, loss in made.losses(rows).items()}
 
 
-@pytest.mark.parametrize("switch", ["whole", "behaviour alone"])
+@pytest.mark.parametrize("switch", ["whole", "pairs", "behaviour alone"])
 @pytest.mark.parametrize("ranking", ["own", "both"])
 def test_scores_are_confidences_as_documented(ranking, switch):
     made = eager(ranking=ranking, **SWITCHES[switch])
@@ -479,7 +482,7 @@ NEW = Vocabulary([*ITEMS.raw.to_pylist(), "twin of 7", "other", "twin of 7 again
 NEW_VECTORS = VECTORS["semantic"][[7, 2, 7]] * [[1], [-1], [1]]
 
 
-@pytest.mark.parametrize("switch", ["whole", "semantic alone", "three levels"])
+@pytest.mark.parametrize("switch", ["whole", "pairs", "semantic alone", "three levels"])
 def test_new_items_are_recommended_at_once_and_no_code_moves(switch):
     made = eager(**SWITCHES.get(switch, {"branches": 3}))
     before, codes = log_p(made, [3, 8]), {n: s.ids.codes for n, s in made.systems.items()}
@@ -580,7 +583,7 @@ def test_new_items_that_do_not_fit_are_told():
 # -- files and bad input ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switch", ["whole", "semantic alone", "without tasks"])
+@pytest.mark.parametrize("switch", ["whole", "pairs", "semantic alone", "without tasks"])
 def test_saved_and_loaded_it_answers_the_same(switch, tmp_path):
     made = eager(**SWITCHES[switch])
     made.save(tmp_path / "kept")
