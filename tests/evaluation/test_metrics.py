@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import ir_measures
@@ -14,6 +15,7 @@ from tiglon.evaluation.metrics import (
     average_precision,
     bootstrap,
     bootstrap_difference,
+    category_diversity,
     category_entropy,
     coverage,
     exposure,
@@ -29,7 +31,7 @@ from tiglon.evaluation.metrics import (
     recall_capped,
     reciprocal_rank,
 )
-from tiglon.types import Histories
+from tiglon.types import MISSING, Histories
 
 
 def measured(metric, ranked, truth, k):
@@ -198,6 +200,18 @@ def test_gini_is_half_the_mean_difference_over_the_mean():
     shown = exposure(ranked, 25, 1)
     expected = np.abs(shown[:, None] - shown).mean() / shown.mean() / 2
     assert gini(ranked, 25, 1) == pytest.approx(expected)
+
+
+def test_category_diversity_is_the_share_of_pairs_that_differ():
+    ranked = np.array([[0, 1, 2, 3], [4, 0, 5, MISSING], [0, MISSING, MISSING, MISSING], [MISSING] * 4])
+    categories = np.array(["a", "a", "a", "b", "c", "c"])
+    for k in (1, 2, 3, 4):
+        by_hand = []
+        for row in ranked:
+            labels = [categories[i] for i in row[:k] if i != MISSING]
+            pairs = list(itertools.combinations(labels, 2))
+            by_hand.append(np.mean([a != b for a, b in pairs]) if pairs else 0)
+        np.testing.assert_allclose(category_diversity(ranked, categories, k), by_hand)
 
 
 def test_category_entropy_in_bits():

@@ -11,6 +11,7 @@ from tiglon.data.split import leave_last_out
 from tiglon.errors import ConfigError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.nn.transformer import PADDING
+from tiglon.retrieval.towers import Past
 from tiglon.retrieval.two_tower import TwoTower, TwoTowerConfig
 from tiglon.retrieval.windows import Batch
 from tiglon.train.loop import TrainConfig
@@ -63,6 +64,29 @@ def test_the_loss_is_its_definition(logq):
                 weight = 1 / ((len(ROWS) - 1) * p[c]) if logq else 1.0
                 total += math.exp(user @ vectors[other] / 0.05) * weight
         assert losses[r].item() == pytest.approx(-math.log(own / total), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("logq", [False, True])
+def test_targets_of_earlier_batches_are_negatives_too(logq):
+    made = make(uniform=0, bank=3, logq=logq)
+    network = made.network.train()
+    alone = make(uniform=0, logq=logq).network.train()
+    first, second = batch(ROWS), batch([([2], 11), ([12], 13)])
+    torch.testing.assert_close(network.loss(first), alone.loss(first))  # nothing came before
+    kept = [item for _, item in ROWS][-3:]
+    assert network.bank.tolist() == kept
+    found = network.eval().loss(second)  # looks at them, and takes in none
+    assert network.bank.tolist() == kept
+    user = network.users(Past.of(second))[0][:, 0]
+    vectors, candidates = network.vectors(), [11, 13, *kept]
+    p = network.frequency.probability(torch.tensor(candidates))
+    for r, (past, item) in enumerate([(2, 11), (12, 13)]):
+        logit = user[r] @ vectors[candidates].T / 0.05 - (torch.log(4 * p) if logq else 0)
+        logit[r] = user[r] @ vectors[item] / 0.05
+        there = torch.tensor([c not in (past, item) or n == r for n, c in enumerate(candidates)])
+        assert found[r].item() == pytest.approx(
+            (logit[there].logsumexp(0) - logit[r]).item(), rel=1e-4, abs=1e-5
+        )
 
 
 def test_a_batch_of_one_has_no_loss():
@@ -155,6 +179,7 @@ def test_bad_settings_are_named():
     for wrong in (
         {"temperature": 0.0},
         {"uniform": -1},
+        {"bank": -1},
         {"users": -1},
         {"ages": 0},
         {"hidden": 0},

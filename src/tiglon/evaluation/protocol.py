@@ -25,6 +25,7 @@ from tiglon.evaluation.metrics import (
     USER_METRICS,
     bootstrap,
     bootstrap_difference,
+    category_diversity,
     category_entropy,
     coverage,
     gini,
@@ -91,7 +92,7 @@ def evaluate(
 
     exclude_seen: mask the items of each user's history.
     popularity: (N,) events an item in training; adds recall by popularity bin.
-    categories: (N,) one label an item; adds the entropy of categories in a list.
+    categories: (N,) one label an item; adds the entropy and the diversity of categories in a list.
     batch: users asked at once.   progress: called with (users done, users in all).   seed: of the bootstrap.
     Raises DataError where a list is invalid or nobody has truth, ConfigError for a bad k.
     """
@@ -117,6 +118,7 @@ def evaluate(
     per_user = {f"{name}@{k}": metric(hit, relevant, k) for name, metric in USER_METRICS.items() for k in ks}
     if categories is not None:
         per_user |= {f"category_entropy@{k}": category_entropy(ranked, categories, k) for k in ks}
+        per_user |= {f"category_diversity@{k}": category_diversity(ranked, categories, k) for k in ks}
     low, high = bootstrap(np.stack(list(per_user.values()), axis=1), seed=seed)
     intervals = {name: (float(a), float(b)) for name, a, b in zip(per_user, low, high, strict=True)}
 

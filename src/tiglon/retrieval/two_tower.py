@@ -17,7 +17,8 @@ Item tower: a vector of its own plus its content (text, behaviour) through one p
 
 Deviations:
 - negatives are the batch's other targets together with `uniform` drawn items, so that items without events are
-  negatives too; all are corrected for how often they are expected in that mixture;
+  negatives too, and with the last `bank` targets of earlier batches, whose vectors are those of now; all are
+  corrected for how often they are expected in that mixture;
 - the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user is known to
   like is no negative;
 - what one had before is likelier or less likely by a weight that is learned last, on the validation (`repetition`): no
@@ -51,7 +52,7 @@ from tiglon.retrieval.softmax import Negatives, accidental_hits, in_batch_softma
 from tiglon.retrieval.towers import DenseNetwork, HashedUsers, ItemTower, Past
 from tiglon.retrieval.windows import REMEMBERED, Batch, earlier_of
 from tiglon.train.loop import Progress, TrainConfig
-from tiglon.types import Interactions, Targets
+from tiglon.types import MISSING, Interactions, Targets
 
 if TYPE_CHECKING:
     from typing import Self
@@ -62,6 +63,7 @@ class TwoTowerConfig(DenseConfig):
     hidden: int = 512  # of both two-layer networks
     temperature: float = 0.05  # paper: tuned, between .02 and .1
     uniform: int = 1024  # drawn negatives beside those of the batch; 0: none
+    bank: int = 0  # negatives that are targets of the batches before
     logq: bool = True  # correct for how often an item is among the negatives
     rate: float = 0.05  # of the frequency estimate; paper: .01
     users: int = 0  # buckets of users; 0: known by their history alone
@@ -70,13 +72,13 @@ class TwoTowerConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = self.uniform >= 0 and self.users >= 0 and self.ages >= 1 and self.hidden >= 1
+        counts = min(self.uniform, self.bank, self.users) >= 0 and min(self.ages, self.hidden) >= 1
         if not (self.temperature > 0 and 0 < self.rate <= 1 and counts):
             raise ConfigError(
-                f"temperature={self.temperature}, uniform={self.uniform}, users={self.users}, "
+                f"temperature={self.temperature}, uniform={self.uniform}, bank={self.bank}, users={self.users}, "
                 f"ages={self.ages}, hidden={self.hidden}, rate={self.rate}",
-                rule="The temperature is above 0, the rate lies in 0 … 1 without 0, uniform and users are at least 0, "
-                "ages and hidden at least 1",
+                rule="The temperature is above 0, the rate lies in 0 … 1 without 0, uniform, bank and users are "
+                "at least 0, ages and hidden at least 1",
             )
 
 
@@ -96,6 +98,9 @@ class TwoTowerNetwork(DenseNetwork):
         self.wo = Linear(c.hidden, c.width, 0.1 * c.hidden**-0.5)
         self.dropout = Dropout(c.dropout)
         self.frequency = FrequencyEstimator(rate=c.rate)
+        self.bank: Tensor
+        if c.bank:
+            self.register_buffer("bank", torch.full((c.bank,), MISSING))
         self.repetition = Repetition()  # learned last: what one had is no negative of a batch
         self.temperature = c.temperature
 
@@ -120,12 +125,16 @@ class TwoTowerNetwork(DenseNetwork):
         """(T,) of a batch whose rows have one target each; in training mode its items are counted."""
         c, past, target = self.config, Past.of(batch), batch.item[batch.target]
         n_items = len(self.items.own.weight)
-        candidate = torch.cat([target, torch.randint(n_items, (c.uniform,))])
+        earlier = self.bank[self.bank != MISSING] if c.bank else target[:0]
+        candidate = torch.cat([target, torch.randint(n_items, (c.uniform,)), earlier])
         if self.training:
             self.frequency.update(target)
+            if c.bank:
+                self.bank.copy_(torch.cat([self.bank, target])[-c.bank :])
         log_count = None
         if c.logq:
-            expected = (len(target) - 1) * self.frequency.probability(candidate) + c.uniform / n_items
+            popular = (len(target) - 1 + len(earlier)) * self.frequency.probability(candidate)
+            expected = popular + c.uniform / n_items
             log_count = expected.clamp(min=1e-9).log()
         user_TD = self.users(past)[0][:, 0].float()
         with torch.autocast("cpu", enabled=False):
