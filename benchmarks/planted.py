@@ -8,9 +8,9 @@ of --learn behaviours with --decoys of each candidate's topic, more than a searc
 on other users; each seed is a world of its own. "found" is the share of deciding behaviours among those that a
 two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
 
-TWIN V2 learns from half of the requests behaviour by behaviour, and from the rest, as it is asked, on lives clustered by
-its own item vectors in five groups of completion, uncapped. As it keeps clusters, its lives have more decoys than fill
-these: --v2-decoys. It alone is asked at --v2-length too.
+TWIN V2 learns as TWIN does, behaviour by behaviour, which without clusters it is, and then from an eighth as many
+requests over lives of --v2-learn behaviours, clustered as it will be asked: by its own item vectors, in five groups
+of completion, uncapped. It alone is asked at --v2-length too.
 
 Rows go to --out as they finish, and those that stand there are not run again.
 """
@@ -48,9 +48,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--units", nargs="+", default=list(UNITS))
-    parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
+    parser.add_argument("--learn", type=int, default=4_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
-    parser.add_argument("--v2-decoys", type=int, default=2_000, help="the same for TWIN V2")
+    parser.add_argument("--v2-learn", type=int, default=100_000, help="of one that TWIN V2 reads as clusters")
     parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
@@ -66,26 +66,27 @@ def main() -> None:
         if given.out and given.out.is_file()
         else []
     )
+    told = {name: getattr(given, name) for name in ("learn", "decoys", "requests", "epochs", "v2_learn")}
     for seed in given.seeds:
+        learn = None
         for unit in given.units:
-            decoys = given.v2_decoys if unit == CLUSTERED else given.decoys
-            told = {
-                "learn": given.learn,
-                "decoys": decoys,
-                "requests": given.requests,
-                "epochs": given.epochs,
-            }
             lengths = [*given.lengths, given.v2_length] if unit == CLUSTERED else given.lengths
             keys = [{"unit": unit, "length": length, "seed": seed} | told for length in lengths]
             keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
             if not keys:
                 continue
-            learn = planted(given.learn, given.requests, DECIDING, seed=2 * seed + 100, decoys=decoys)
+            learn = learn or planted(
+                given.learn, given.requests, DECIDING, seed=3 * seed + 100, decoys=given.decoys
+            )
             began = time.monotonic()
             ranker = learned(unit, learn, seed, given.epochs)
+            if unit == CLUSTERED:
+                lives = planted(given.v2_learn, given.requests // 8, DECIDING, seed=3 * seed + 101,
+                                features=learn.task.features)  # fmt: skip
+                ranker.fit(replace(lives.task, store=clustered(ranker, lives.task)))
             print(f"{unit}, seed {seed}: learned in {time.monotonic() - began:.0f} s", flush=True)
             for key in keys:
-                row = key | measured(ranker, asked(key["length"], learn, 2 * seed + 101))
+                row = key | measured(ranker, asked(key["length"], learn, 3 * seed + 102))
                 rows.append(row)
                 found = "" if row["found"] is None else f", found {row['found']:.3f}"
                 print(f"  {key['length']:,} behaviours: AUC {row['auc']:.3f}{found}", flush=True)
@@ -105,15 +106,11 @@ def asked(length: int, learn: Planted, seed: int) -> Planted:
 def learned(unit: str, learn: Planted, seed: int, epochs: int) -> LifelongRanker:
     train = TrainConfig(epochs=epochs, lr=3e-3, bfloat16=False, average=0.0, weight_decay=0.0, seed=seed)
     config = LifelongConfig(long=unit, short="none", train=train, requests=16)
-    ranker, half = LifelongRanker.of(learn.task, config), np.arange(len(learn.task)) % 2 == 0
-    if unit != CLUSTERED:
-        return ranker.fit(learn.task)
-    ranker.fit(learn.task.select(half))
-    return ranker.fit(replace(learn.task, store=clustered(ranker, learn.task)).select(~half))
+    return LifelongRanker.of(learn.task, config).fit(learn.task)
 
 
 def clustered(ranker: LifelongRanker, task: RankingTask) -> ClusterStore:
-    """The lives of a task, by the ranker's item vectors and the buckets of completion."""
+    """The lives of a task, by the ranker's item vectors and completion."""
     assert isinstance(task.store, HistoryStore)
     ranker.histories = task.store
     groups = Groups.by_completion("completion")

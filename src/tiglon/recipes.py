@@ -661,6 +661,7 @@ def cluster_ranker(
     groups: int = 5,
     *,
     until: int | None = None,
+    by_keys: bool = False,
     threads: int = 1,
     reporter: Reporter | None = None,
 ) -> ClusterStore:
@@ -668,7 +669,7 @@ def cluster_ranker(
 
     A killed call goes on when given again.   by: a number of the log that divides a life into groups: by equal
     shares where all of it lies in 0 … 1, as a completion ratio does, else by its quantiles; None for one group.
-    until: behaviours before are clustered; None: all.
+    until: behaviours before are clustered; None: all.   by_keys: see `LifelongRanker.cluster`.
     Raises BundleError for a ranker inside a bundle, ConfigError for an unknown column, as `ClusterStore.build`.
     """
     folder, reporter = Path(path), reporter or Reporter()
@@ -685,6 +686,7 @@ def cluster_ranker(
     store = ranker.cluster(
         until,
         None if by is None else ranker.groups(by, groups),
+        by_keys=by_keys,
         threads=threads,
         work=work,
         report=lambda share: told.share("clustering", share),

@@ -40,6 +40,7 @@ from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.crosses import CROSSES
 from tiglon.ranking.gates import GATES, TRUNKS
 from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
+from tiglon.ranking.twin_v2 import TwinV2
 from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.train.multitask import METHODS, Balanced, MultiTask
@@ -259,6 +260,7 @@ class LifelongRanker:
         until: int | None = None,
         groups: Groups | None = None,
         *,
+        by_keys: bool = False,
         config: ClusterConfig | None = None,
         threads: int = 1,
         work: str | Path | None = None,
@@ -269,9 +271,21 @@ class LifelongRanker:
         Whatever asks from now on reads the clustered lives (TWIN V2 §4.2), which `save` keeps. The arguments are
         those of `ClusterStore.build`. A number is stored as its bucket, so that groups and averages take the
         bucket's middle for it; `ClusterStore.build(…).coded(ranker.features)` takes the numbers of a log.
+
+        by_keys: what is alike to TWIN V2's search, K_h W^h, rather than items' vectors as published: in lives of
+        10^5 and more the search then finds more of what decides (docs/log.md).
         """
+        embed, unit = self.network.embed, self.network.long
         with torch.inference_mode():
-            vectors = ItemVectors(self.network.embed.catalogue().numpy(), f"ranker {self.version}")
+            if by_keys:
+                if not isinstance(unit, TwinV2):
+                    raise ConfigError(
+                        f"'{self.name}' has no keys", fix="Cluster by item vectors, or use twin_v2"
+                    )
+                table = unit.keys(embed, torch.arange(len(embed.item_codes))).flatten(1)
+            else:
+                table = embed.catalogue()
+            vectors = ItemVectors(table.numpy(), f"ranker {self.version}{' keys' if by_keys else ''}")
         codes = self.histories.features
         coders = ((name, self.features.coders[name]) for name in codes)
         numbers = {name: coder for name, coder in coders if isinstance(coder, Buckets)}

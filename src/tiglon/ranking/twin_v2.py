@@ -71,7 +71,7 @@ class TwinV2(nn.Module):
 
         storage: "float32", "bfloat16" or "int8".
         """
-        self.use(ItemCache.build(embed, lambda item: self._keys(embed, item), storage), embed)
+        self.use(ItemCache.build(embed, lambda item: self.keys(embed, item), storage), embed)
 
     def use(self, cache: ItemCache | None, embed: FeatureEmbedding) -> None:
         """Search in this cache, be it stale. Raises DataError where it was built for other items."""
@@ -90,7 +90,7 @@ class TwinV2(nn.Module):
                 keys, row_BL = self.cache.keys, past.item
             else:
                 count = len(embed.item_codes)
-                keys, row_BL = live_keys(past.item, count, lambda item: self._keys(embed, item))
+                keys, row_BL = live_keys(past.item, count, lambda item: self.keys(embed, item))
         _, position_BKAk = search(query_BKAd, keys, row_BL, past, table_VA, first_J, self.k)
         return merge(position_BKAk, min(self.k, past.mask.shape[1]))
 
@@ -105,6 +105,6 @@ class TwinV2(nn.Module):
         )
         return Interest(vector, chosen=chosen_BKk, weight=weight_BKk)
 
-    def _keys(self, embed: FeatureEmbedding, item: Tensor) -> Tensor:
+    def keys(self, embed: FeatureEmbedding, item: Tensor) -> Tensor:
         """(n,) items → K_h W^h (n, A, d)."""
         return self.attention.keys(embed.inherent(item))
