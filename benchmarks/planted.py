@@ -8,9 +8,10 @@ of --learn behaviours with --decoys of each candidate's topic, more than a searc
 on other users; each seed is a world of its own. "found" is the share of deciding behaviours among those that a
 two-stage unit attends to (for TWIN V2, inside the virtual items that it attends to).
 
-TWIN V2 learns as TWIN does, behaviour by behaviour, which without clusters it is, and then from an eighth as many
-requests over lives of --v2-learn behaviours, clustered as it will be asked: by its own item vectors, in five groups
-of completion, uncapped. It alone is asked at --v2-length too.
+TWIN V2 learns as TWIN does, behaviour by behaviour, which without clusters it is. Then, its item vectors fixed, it
+learns from half as many requests over lives of --v2-learn behaviours with --v2-decoys, clustered as it will be asked:
+in five groups of completion, uncapped, by its item vectors, as published, and in a second row by its search's keys.
+It alone is asked at --v2-length too.
 
 Rows go to --out as they finish, and those that stand there are not run again.
 """
@@ -38,8 +39,19 @@ from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.train.loop import TrainConfig
 
-DECIDING, CLUSTERED = 20, "twin_v2"
-UNITS = ("twin", CLUSTERED, "full_attention", "sim_hard", "sim_soft", "eta", "sdim", "recent", "mean_pooling")
+DECIDING, CLUSTERED, BY_KEYS = 20, "twin_v2", "twin_v2 by keys"
+UNITS = (
+    "twin",
+    CLUSTERED,
+    BY_KEYS,
+    "full_attention",
+    "sim_hard",
+    "sim_soft",
+    "eta",
+    "sdim",
+    "recent",
+    "mean_pooling",
+)
 BEHAVIOURS, MOST_REQUESTS = 4_000_000, 400  # asked at each length
 
 
@@ -50,7 +62,8 @@ def main() -> None:
     parser.add_argument("--units", nargs="+", default=list(UNITS))
     parser.add_argument("--learn", type=int, default=4_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
-    parser.add_argument("--v2-learn", type=int, default=100_000, help="of one that TWIN V2 reads as clusters")
+    parser.add_argument("--v2-learn", type=int, default=25_000, help="of one that TWIN V2 reads as clusters")
+    parser.add_argument("--v2-decoys", type=int, default=500, help="of each candidate, in these")
     parser.add_argument("--requests", type=int, default=3_200, help="to learn from")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000])
@@ -66,11 +79,14 @@ def main() -> None:
         if given.out and given.out.is_file()
         else []
     )
-    told = {name: getattr(given, name) for name in ("learn", "decoys", "requests", "epochs", "v2_learn")}
+    told = {
+        name: getattr(given, name)
+        for name in ("learn", "decoys", "requests", "epochs", "v2_learn", "v2_decoys")
+    }
     for seed in given.seeds:
         learn = None
         for unit in given.units:
-            lengths = [*given.lengths, given.v2_length] if unit == CLUSTERED else given.lengths
+            lengths = [*given.lengths, given.v2_length] if unit in (CLUSTERED, BY_KEYS) else given.lengths
             keys = [{"unit": unit, "length": length, "seed": seed} | told for length in lengths]
             keys = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
             if not keys:
@@ -79,14 +95,21 @@ def main() -> None:
                 given.learn, given.requests, DECIDING, seed=3 * seed + 100, decoys=given.decoys
             )
             began = time.monotonic()
-            ranker = learned(unit, learn, seed, given.epochs)
-            if unit == CLUSTERED:
-                lives = planted(given.v2_learn, given.requests // 8, DECIDING, seed=3 * seed + 101,
-                                features=learn.task.features)  # fmt: skip
-                ranker.fit(replace(lives.task, store=clustered(ranker, lives.task)))
+            ranker = learned(unit.removesuffix(" by keys"), learn, seed, given.epochs)
+            by_keys = unit == BY_KEYS
+            if unit in (CLUSTERED, BY_KEYS):
+                lives = planted(
+                    given.v2_learn,
+                    given.requests // 2,
+                    DECIDING,
+                    seed=3 * seed + 101,
+                    decoys=given.v2_decoys,
+                    features=learn.task.features,
+                )
+                teach(ranker, replace(lives.task, store=clustered(ranker, lives.task, by_keys)), given.epochs)
             print(f"{unit}, seed {seed}: learned in {time.monotonic() - began:.0f} s", flush=True)
             for key in keys:
-                row = key | measured(ranker, asked(key["length"], learn, 3 * seed + 102))
+                row = key | measured(ranker, asked(key["length"], learn, 3 * seed + 102), by_keys)
                 rows.append(row)
                 found = "" if row["found"] is None else f", found {row['found']:.3f}"
                 print(f"  {key['length']:,} behaviours: AUC {row['auc']:.3f}{found}", flush=True)
@@ -109,19 +132,28 @@ def learned(unit: str, learn: Planted, seed: int, epochs: int) -> LifelongRanker
     return LifelongRanker.of(learn.task, config).fit(learn.task)
 
 
-def clustered(ranker: LifelongRanker, task: RankingTask) -> ClusterStore:
-    """The lives of a task, by the ranker's item vectors and completion."""
+def teach(ranker: LifelongRanker, lives: RankingTask, epochs: int) -> None:
+    """Go on on clusters, twice as long; they are of the item vectors, which therefore stay."""
+    ranker.network.embed.requires_grad_(False)
+    ranker.config = replace(ranker.config, train=replace(ranker.config.train, epochs=2 * epochs))
+    ranker.fit(lives)
+
+
+def clustered(ranker: LifelongRanker, task: RankingTask, by_keys: bool) -> ClusterStore:
+    """The lives of a task, by the ranker's item vectors, or keys, and completion."""
     assert isinstance(task.store, HistoryStore)
     ranker.histories = task.store
-    groups = Groups.by_completion("completion")
-    return ranker.cluster(int(task.time.min()), groups, config=ClusterConfig(cap=None))
+    groups, config = Groups.by_completion("completion"), ClusterConfig(cap=None)
+    return ranker.cluster(
+        int(task.time.min()), groups, by_keys=by_keys, config=config, threads=torch.get_num_threads()
+    )
 
 
-def measured(ranker: LifelongRanker, world: Planted) -> dict[str, Any]:
+def measured(ranker: LifelongRanker, world: Planted, by_keys: bool = False) -> dict[str, Any]:
     """AUC over candidates; the share of the deciding behaviours of positive ones that were attended to."""
     task, members = world.task, list[list[np.ndarray]]()
     if ranker.config.long == CLUSTERED:
-        store = clustered(ranker, task)
+        store = clustered(ranker, task, by_keys)
         task, members = replace(task, store=store), members_of(store)
     logit, hits = [], []
     at = 0

@@ -284,13 +284,14 @@ def cluster(
     until: Annotated[
         int | None, typer.Option(metavar="TIME", help="Behaviours before; default: all.")
     ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="By what the search compares.")] = False,
     threads: Annotated[int, typer.Option(help="Users at once.")] = 1,
 ) -> None:
     """Put virtual items in the place of long lives (TWIN V2, offline). Killed, it goes on when given again."""
     from tiglon.recipes import cluster_ranker
     from tiglon.terminal import Terminal
 
-    cluster_ranker(ranker, by, groups, until=until, threads=threads, reporter=Terminal())
+    cluster_ranker(ranker, by, groups, until=until, by_keys=keys, threads=threads, reporter=Terminal())
     _say(f"{ranker} answers on clustered lives from now on")
 
 
