@@ -60,7 +60,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--units", nargs="+", default=list(UNITS))
-    parser.add_argument("--learn", type=int, default=4_000, help="behaviours of a life in training")
+    parser.add_argument("--learn", type=int, default=10_000, help="behaviours of a life in training")
     parser.add_argument("--decoys", type=int, default=100, help="of each candidate, in training")
     parser.add_argument("--v2-learn", type=int, default=25_000, help="of one that TWIN V2 reads as clusters")
     parser.add_argument("--v2-decoys", type=int, default=500, help="of each candidate, in these")
