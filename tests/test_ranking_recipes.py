@@ -243,7 +243,8 @@ def test_the_lives_of_a_ranker_are_clustered(tiglon, folder, bundle_path, tmp_pa
     assert not np.allclose(np.concatenate(ranker.predict(*asked)), np.concatenate(expected), atol=1e-7)
     assert tiglon("evaluate", out)[0] == 0
 
-    assert tiglon("cluster", out)[0] == 0  # all of each life
+    assert tiglon("cluster", out, "--keys")[0] == 0  # all of each life
+    assert " keys " in LifelongRanker.load(out).clusters.settings.vectors
     status, _, stderr = tiglon("evaluate", out)
     assert status == 1
     assert "Cluster with `until` at or before the first request" in stderr

@@ -1,10 +1,12 @@
 import dataclasses
+import itertools
 import json
 import shutil
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from tiglon.data.events import align, read_interactions, read_items
 from tiglon.data.features import Feature, FeatureSchema, fit
@@ -421,6 +423,29 @@ def test_groups_and_averages_are_of_numbers(task):
         assert ((members >= 1.5) == kept["cluster_group"][c]).all()
         assert kept["amount"][c] == coder.of(np.array([members.mean()]))[0]
     assert store.virtual.features["amount"].dtype == code.dtype
+
+
+def test_lives_are_clustered_by_what_the_search_compares(task):
+    """Items have a side, which their keys tell, and something larger, which keys leave out."""
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    with torch.no_grad():
+        v2.network.long.attention.key.weight[:, 1:] = 0
+        side = v2.network.embed.items[0].weight[:, 0]
+        side.copy_(torch.arange(len(side)) % 2)
+        v2.network.embed.items[0].weight[:, 1:] *= 100
+    codes = task.features.item_codes[:, 0]
+
+    def purity(store):
+        items, leaves = v2.histories.item, store.leaves
+        sides = [codes[items[leaves.member[a:b]]] % 2 for a, b in itertools.pairwise(leaves.offsets)]
+        return np.mean([len(set(side)) == 1 for side in sides if len(side) > 1])
+
+    by_keys = v2.cluster(by_keys=True, config=ClusterConfig(largest=4))
+    assert by_keys.settings.vectors.startswith(f"ranker {v2.version} keys ")
+    assert purity(by_keys) == 1
+    assert purity(v2.cluster(config=ClusterConfig(largest=4))) < 1
+    with pytest.raises(ConfigError, match="'mean_pooling' has no keys"):
+        LifelongRanker.of(task, dataclasses.replace(CONFIG, long="mean_pooling")).cluster(by_keys=True)
 
 
 def test_clustered_lives_are_saved_and_explained(task, tmp_path):
