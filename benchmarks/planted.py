@@ -201,7 +201,7 @@ def share(chosen: np.ndarray, deciding: np.ndarray, members: list[np.ndarray] | 
 
 def show(rows: list[dict[str, Any]]) -> None:
     lengths = sorted({row["length"] for row in rows})
-    print(f"\n{'AUC · found':<16}" + "".join(f"{length:>20,}" for length in lengths))
+    print(f"\n{'AUC · found':<16}" + "".join(f"{length:>24,}" for length in lengths))
     for unit in dict.fromkeys(row["unit"] for row in rows):
         line = f"{unit:<16}"
         for length in lengths:
@@ -211,7 +211,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 text = spread([row["auc"] for row in cell])
                 if cell[0]["found"] is not None:
                     text += f" · {statistics.fmean(row['found'] for row in cell):.3f}"
-            line += f"{text or '–':>20}"
+            line += f"{text or '–':>24}"
         print(line)
 
 

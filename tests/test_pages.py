@@ -23,7 +23,7 @@ def run(code):
     exec(compile(code, "page", "exec"), {})
 
 
-@pytest.mark.parametrize("page", ["crossing.md", "gates.md"])
+@pytest.mark.parametrize("page", ["crossing.md", "gates.md", "lifelong.md"])
 def test_crosses_and_gates(page, tmp_path, monkeypatch, capsys):
     real = recipes.train_ranker
     monkeypatch.setattr(recipes, "train_ranker", lambda *given: real(*given, changes=SMALL))
@@ -54,7 +54,9 @@ def test_language_models(endpoint, bundle_path, tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-@pytest.mark.parametrize("page", ["crossing.md", "gates.md", "language_models.md", "multitask.md"])
+@pytest.mark.parametrize(
+    "page", ["crossing.md", "gates.md", "language_models.md", "lifelong.md", "multitask.md"]
+)
 def test_commands_have_the_options_that_pages_give_them(page):
     known = typer.main.get_command(cli.app).commands
     lines = re.findall(r"^    tiglon (\w+)(.*(?:\n {5,}.*)*)", (DOCS / page).read_text("utf-8"), re.MULTILINE)
