@@ -106,33 +106,33 @@ def category_entropy(ranked: np.ndarray, categories: np.ndarray, k: int) -> np.n
 
     categories: (N,) one label an item, of any type that sorts.
     """
-    _require_k(k)
-    top = ranked[:, :k]
-    _, label = np.unique(categories, return_inverse=True)
-    row, column = np.nonzero(top != MISSING)
-    n = int(label.max(initial=0)) + 1
-    pair, count = np.unique(row * n + label[top[row, column]], return_counts=True)
-    user = pair // n
-    share = count / np.bincount(user, weights=count, minlength=len(top))[user]
-    return np.bincount(user, weights=-share * np.log2(share), minlength=len(top))
+    user, count = _category_counts(ranked, categories, k)
+    share = count / np.bincount(user, weights=count, minlength=len(ranked))[user]
+    return np.bincount(user, weights=-share * np.log2(share), minlength=len(ranked))
 
 
 def category_diversity(ranked: np.ndarray, categories: np.ndarray, k: int) -> np.ndarray:
     """(B,) the share of pairs among the first K items whose categories differ (Cen et al. 2020, ComiRec, §5.3);
     0 for a list of fewer than two.
 
-    categories: (N,) one label an item, of any type that sorts.
+    categories: as `category_entropy` takes them.
     """
+    user, count = _category_counts(ranked, categories, k)
+    length = np.bincount(user, weights=count, minlength=len(ranked))
+    pairs = length * (length - 1)
+    same = np.bincount(user, weights=count * (count - 1), minlength=len(ranked))
+    return np.divide(pairs - same, pairs, out=np.zeros(len(ranked)), where=pairs > 0)
+
+
+def _category_counts(ranked: np.ndarray, categories: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) user and (P,) how many of the first K items, of each category that a user's list has."""
     _require_k(k)
     top = ranked[:, :k]
     _, label = np.unique(categories, return_inverse=True)
     row, column = np.nonzero(top != MISSING)
     n = int(label.max(initial=0)) + 1
     pair, count = np.unique(row * n + label[top[row, column]], return_counts=True)
-    same = np.bincount(pair // n, weights=count * (count - 1), minlength=len(top))
-    length = np.bincount(row, minlength=len(top))
-    pairs = length * (length - 1)
-    return np.divide(pairs - same, pairs, out=np.zeros(len(top)), where=pairs > 0)
+    return pair // n, count
 
 
 # -- of all lists ------------------------------------------------------------------------------------------
