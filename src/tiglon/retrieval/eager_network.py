@@ -90,9 +90,10 @@ class Stream(CodeDecoder):
         return Memory(self.leave(states_BKD), layers, moment_BK)
 
     def logits(self, x_TD: Tensor, before: Tensor) -> Tensor:
-        """As `CodeDecoder.logits`; each distinct prefix looks its codes up once, as all have nearly as many."""
+        """As `CodeDecoder.logits`; where gradients are wanted each distinct prefix looks its codes up once,
+        as all have nearly as many."""
         prefixes, s = self.prefixes, before.shape[1]
-        if s == 0 or not len(prefixes.keys[s - 1]):
+        if s == 0 or not len(prefixes.keys[s - 1]) or not torch.is_grad_enabled():
             return super().logits(x_TD, before)
         keys, size = prefixes.keys[s - 1], self.sizes[s]
         V = int((keys % size).max()) + 1  # the codes after those no item has

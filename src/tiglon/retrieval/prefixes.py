@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba import njit
 from torch import Tensor, nn
 
 QUIET = 0.1  # size of a code's first random vector where content speaks from the start
@@ -173,9 +174,15 @@ class Prefixes(nn.Module):
         logits = x_TD @ own.T
         keys = self.keys[s - 1]
         child, owner = self._children(self.nodes(before)[:, -1], s)
-        product = (x_TD[owner] * self._of(self.rows[s - 1][child])).sum(dim=-1)
-        at = (owner, keys[child] % self.sizes[s])
-        return logits.index_put(at, product.to(logits.dtype), accumulate=True).float()
+        row, code = self.rows[s - 1][child], keys[child] % self.sizes[s]
+        if not torch.is_grad_enabled():
+            row = self._place[0][row] if self._place else row
+            logits = logits.float().contiguous()
+            parts = (x_TD.float().contiguous(), vectors, owner, code, row)
+            _add_products(logits.numpy(), *(part.detach().numpy() for part in parts))
+            return logits
+        product = (x_TD[owner] * self._of(row)).sum(dim=-1)
+        return logits.index_put((owner, code), product.to(logits.dtype), accumulate=True).float()
 
     def first_logits(self, x_TD: Tensor) -> Tensor:
         """(T, V) of the first code: log of what its pairs with a second code have together.
@@ -231,6 +238,18 @@ class Prefixes(nn.Module):
         new.content = None  # from here on it is fixed
         new.forget()
         return new
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _add_products(
+    logits: np.ndarray, x: np.ndarray, vectors: np.ndarray, owner: np.ndarray, code: np.ndarray, row: np.ndarray
+) -> None:
+    """logits[owner, code] += x[owner] · vectors[row], without the copies of both that torch would gather."""
+    for i in range(len(owner)):
+        own, vector, product = x[owner[i]], vectors[row[i]], np.float32(0)
+        for d in range(len(own)):
+            product += own[d] * vector[d]
+        logits[owner[i], code[i]] += product
 
 
 def centred(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
