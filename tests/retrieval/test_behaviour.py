@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
-from tiglon.retrieval.behaviour import BehaviourVectors, unit
+from tiglon.retrieval.behaviour import BehaviourVectors, co_occurrence_vectors, unit
 from tiglon.types import Interactions, Vocabulary
 
 N = 24  # items; two kinds by text (i < 12), two by behaviour (i odd)
@@ -37,6 +37,15 @@ def test_items_used_together_come_near_though_their_texts_differ():
     assert vectors[0] @ vectors[2] > max(same_text_only, same_behaviour_only)
     only_text = unit(BehaviourVectors(0.0, 4).fit_encode(log(), text()))
     np.testing.assert_allclose(only_text[:, :4], unit(text()), atol=1e-6)
+
+
+def test_co_occurrence_has_a_direction_a_group_and_none_for_what_nobody_used():
+    vectors = co_occurrence_vectors(log(), 2)
+    used, cosine = vectors[: N - 2], vectors @ vectors.T
+    np.testing.assert_allclose(np.linalg.norm(used, axis=1), 1.0, rtol=1e-5)
+    assert not vectors[N - 2 :].any()
+    same = (np.arange(N - 2)[:, None] - np.arange(N - 2)) % 2 == 0
+    assert cosine[: N - 2, : N - 2][same].min() > 0.5 > cosine[: N - 2, : N - 2][~same].max()
 
 
 def test_a_new_item_gets_the_behaviour_its_text_predicts():

@@ -44,15 +44,9 @@ class BehaviourVectors:
         """
         if len(text) != len(interactions.items):
             raise DataError(f"{len(text)} text vectors for {len(interactions.items)} items")
-        together = co_occurrence(interactions, CoOccurrenceConfig(backward=1.0))
-        together = together + together.T
-        known = np.asarray(together.sum(axis=1)).ravel() > 0
-        width = min(self.width, len(text) - 1)
         text = unit(text)
-        behaviour = np.zeros((len(text), max(width, 1)), np.float32)
-        if width >= 1 and known.any():
-            svd = TruncatedSVD(width, random_state=self.seed)
-            behaviour = unit(svd.fit_transform(together).astype(np.float32))
+        behaviour = co_occurrence_vectors(interactions, self.width, seed=self.seed)
+        known = behaviour.any(axis=1)
         inputs = with_constant(text[known])
         gram = inputs.T @ inputs + self.ridge * np.eye(inputs.shape[1], dtype=np.float32)
         self.from_text = np.linalg.solve(gram, inputs.T @ behaviour[known]).astype(np.float32)
@@ -91,6 +85,22 @@ class BehaviourVectors:
         except (OSError, KeyError, ValueError, ConfigError) as error:
             raise BundleDamagedError(f"cannot read {path}: {error}", fix="Copy the bundle again") from error
         return self
+
+
+def co_occurrence_vectors(interactions: Interactions, width: int = 128, *, seed: int = 0) -> np.ndarray:
+    """(N, W) truncated SVD of what is used together, each row of length 1, or zero for an item without neighbours.
+
+    W is `width`, or N − 1 where that is less, and at least 1.
+    """
+    together = co_occurrence(interactions, CoOccurrenceConfig(backward=1.0))
+    together = together + together.T
+    N = len(interactions.items)
+    width = min(width, N - 1)
+    if width < 1 or not together.nnz:
+        return np.zeros((N, max(width, 1)), np.float32)
+    found: np.ndarray = unit(TruncatedSVD(width, random_state=seed).fit_transform(together).astype(np.float32))
+    found[np.asarray(together.sum(axis=1)).ravel() == 0] = 0
+    return found
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

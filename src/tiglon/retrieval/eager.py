@@ -24,8 +24,9 @@ Deviations:
 - all of a user's targets in one pass, relative biases over moments, codes with vectors of their prefixes that
   carry content, a softmax over the codes that exist, odds of what one had: the decoder is that of `tiger_causal.py`;
 - the encoder reads an item as the sum of its vectors in both streams, each through a matrix of its own;
-- E^b are the item vectors of a SASRec on ids alone, where the paper takes those of a DIN-like model on the same
-  sequences: it learns from every event of the training log rather than from drawn negatives, and sees no other;
+- E^b are the item vectors of a SASRec that begins at an SVD of what is used together, where the paper takes those
+  of a DIN-like model on the same sequences: it learns from every event of the training log rather than from drawn
+  negatives, and sees no other;
 - frozen vectors are centred and scaled to entries of about unit size, or smooth L1 would be next to nothing;
 - L_recon is a softmax over all codes of a level, not over drawn ones;
 - fewer and wider layers (`EagerConfig`), sized for a CPU.
@@ -57,6 +58,7 @@ from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
+from tiglon.retrieval.behaviour import co_occurrence_vectors
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
 from tiglon.retrieval.index import ExactIndex, most_alike
 from tiglon.retrieval.prefixes import centred
@@ -126,11 +128,13 @@ def behaviour_vectors(
     directory: Path | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> np.ndarray:
-    """E^b: (N, C) item vectors that a SASRec on ids alone learns from training events; the last weights.
+    """E^b: (N, C) item vectors that a SASRec learns from training events alone, beginning at what is used together
+    (`co_occurrence_vectors`), which is all that is known of an item with few events; the last weights.
 
     interactions: the training events alone.   directory, report: as `Eager.fit` takes them.
     """
-    model = SasRec(interactions.items, config).fit(interactions, directory=directory, report=report)
+    model = SasRec(interactions.items, config, co_occurrence_vectors(interactions))
+    model.fit(interactions, directory=directory, report=report)
     with torch.inference_mode():
         return model.network.vectors().numpy()
 
