@@ -190,13 +190,14 @@ class Prefixes(nn.Module):
         With these, p(c_1)·p(c_2 | c_1) is one softmax over all pairs: a first code is as likely as the
         items below it make it, rather than as their mean vector does. One without pairs has its own product.
         """
-        vectors = self.vectors()
-        logits = (x_TD @ self.pairs().T).float()
-        top = logits.amax(dim=-1, keepdim=True)
-        alone = (x_TD @ vectors[1 : 1 + self.sizes[0]].T).float()
-        first = self.keys[0] // self.sizes[1] - 1
-        mass = torch.zeros_like(alone).index_add(-1, first, (logits - top).exp())
-        return torch.where(mass > 0, mass.clamp(min=1e-30).log() + top, alone)
+        alone_TV = (x_TD @ self.vectors()[1 : 1 + self.sizes[0]].T).float()
+        # Pairs come first, so that those of one code are added up row by row, and so are their gradients.
+        logits_PT = (self.pairs() @ x_TD.T).float()
+        top_T = logits_PT.detach().amax(dim=0)
+        first_P = self.keys[0] // self.sizes[1] - 1
+        mass_VT = torch.zeros_like(alone_TV.T).index_add(0, first_P, (logits_PT - top_T).exp())
+        together_TV = (mass_VT.clamp(min=1e-30).log() + top_T).T
+        return torch.where(mass_VT.T > 0, together_TV, alone_TV)
 
     # -- items that arrive later -----------------------------------------------------------------
 
