@@ -131,10 +131,9 @@ def test_candidates_with_behaviours_of_their_own(attention, world):
     torch.manual_seed(3)
     inherent, cross = torch.randn(B, K, L, H).double(), torch.randn(B, K, L, J, C).double()
     mask, size = torch.rand(B, K, L) < 0.6, 1 + 5 * torch.rand(B, K, L).double()
-    score = attention.score(
-        attention.queries(item), attention.keys(inherent), attention.bias(cross), mask, size
-    )
-    vector, weight = attention.mix(score, inherent, cross)
+    keys, values = (x.transpose(2, 3) for x in (attention.keys(inherent), attention.values(inherent, cross)))
+    score = attention.score(attention.queries(item), keys, attention.bias(cross), mask, size)
+    vector, weight = attention.read(score, values)
     for k in range(K):
         one = (item[:, k : k + 1], inherent[:, k], cross[:, k], mask[:, k])
         alpha = alpha_of(attention, one, size[:, k])

@@ -152,12 +152,18 @@ def _attend_to_gathered(
     some = Behaviours(*(None if part is None else part.flatten(0, 1)[row_U] for part in past))  # type: ignore[arg-type]
     inherent, cross = features(some)
 
-    def gathered(x_U: Tensor) -> Tensor:  # an embedding's gradient is far faster than an index's
-        return F.embedding(at_BKk, x_U.flatten(1)).unflatten(-1, x_U.shape[1:])
+    A = attention.heads
+    of_head_BKAk = at_BKk[:, :, None] * A + torch.arange(A)[:, None]
+
+    def gathered(x_UAd: Tensor) -> Tensor:
+        """(B, K, A, k, d). Head by head they lie as they are multiplied; but a gradient costs what there are rows."""
+        if torch.is_grad_enabled():  # and an index's is far slower than an embedding's
+            return F.embedding(at_BKk, x_UAd.flatten(1)).unflatten(-1, x_UAd.shape[1:]).transpose(2, 3)
+        return F.embedding(of_head_BKAk, x_UAd.flatten(0, 1))
 
     size = None if some.size is None else some.size[at_BKk]
-    bias_BKAk = gathered(attention.bias(cross).T).transpose(-1, -2)
-    key_BKkAd = gathered(attention.keys(inherent))
-    alpha = attention.score(attention.queries(item_BKH), key_BKkAd, bias_BKAk, here, size)
+    bias_BKAk = gathered(attention.bias(cross).T[..., None]).squeeze(-1)
+    key_BKAkd = gathered(attention.keys(inherent))
+    alpha = attention.score(attention.queries(item_BKH), key_BKAkd, bias_BKAk, here, size)
     vector, weight_BKAk = attention.read(alpha, gathered(attention.values(inherent, cross)))
     return vector, weight_BKAk.mean(dim=2)

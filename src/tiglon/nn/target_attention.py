@@ -94,8 +94,8 @@ class TargetAttention(nn.Module):
     ) -> Tensor:
         """α, (B, K, A, L); −inf on padding.
 
-        key, bias, mask, size: (B, L, A, d), (B, A, L), (B, L), (B, L), or, each for itself, with K after B
-        where candidates have their own.
+        key, bias, mask, size: (B, L, A, d), (B, A, L), (B, L), (B, L); where candidates have their own, each for
+        itself, (B, K, A, L, d), (B, K, A, L), (B, K, L), (B, K, L).
         """
         # α is the largest tensor of a step: one product and one addition pass over it.
         query_BKAd = query_BKAd * self.head_width**-0.5
@@ -106,7 +106,7 @@ class TargetAttention(nn.Module):
         if key.dim() == 4:
             alpha = torch.einsum("bkad,blad->bakl", query_BKAd, key).transpose(1, 2)
         else:
-            alpha = torch.einsum("bkad,bklad->bkal", query_BKAd, key)
+            alpha = (key @ query_BKAd[..., None]).squeeze(-1)
         return alpha.add_(bias)
 
     def logits(self, item_BKH: Tensor, past: Behaviours, inherent: Tensor, cross: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class TargetAttention(nn.Module):
     def mix(self, alpha: Tensor, inherent: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(α) over behaviours → interest (B, K, D) and weights (B, K, A, L); zeros without any.
 
-        inherent, cross: (B, L, H), (B, L, J, C), or with K after B where candidates have their own.
+        inherent, cross: (B, L, H), (B, L, J, C).
         """
         return self.read(alpha, self.values(inherent, cross))
 
@@ -127,7 +127,7 @@ class TargetAttention(nn.Module):
         return value.unflatten(-1, (self.heads, self.head_width))
 
     def read(self, alpha: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """`mix` with values (B, L, A, d), or with K after B."""
+        """`mix` with values (B, L, A, d), or (B, K, A, L, d) where candidates have their own."""
         L = alpha.shape[-1]
         empty = alpha.detach().amax(dim=-1, keepdim=True) == HIDDEN if L else torch.zeros(1, dtype=torch.bool)
         some = bool(empty.any())
@@ -136,8 +136,11 @@ class TargetAttention(nn.Module):
         weight = F.softmax(alpha.transpose(1, 2), dim=-1).transpose(1, 2)
         if some:
             weight = weight.masked_fill(empty, 0.0)
-        form = "bkal,blad->bkad" if value.dim() == 4 else "bkal,bklad->bkad"
-        return self.out(torch.einsum(form, weight, value).flatten(-2)), weight
+        if value.dim() == 4:
+            mixed = torch.einsum("bkal,blad->bkad", weight, value)
+        else:
+            mixed = (weight[..., None, :] @ value).squeeze(-2)
+        return self.out(mixed.flatten(-2)), weight
 
 
 def _for_heads(x: Tensor) -> Tensor:
