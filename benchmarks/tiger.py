@@ -135,7 +135,7 @@ def run(
     console.print(f"recipe {recipe.name}, seed {recipe.tiger.train.seed}, {parameters:,} parameters")
     started = time.monotonic()
     tiger.fit(split.train, split.validation, directory=out and out / "run", report=Printer(console))
-    learning = tiger.history["seconds"]  # of all sessions of a resumed run; validations not included
+    learning = tiger.history["seconds"]  # of all parts of a resumed run; validations not included
     stages.seconds["training"] = learning
     stages.seconds["validations"] = max(time.monotonic() - started - learning, 0.0)
     if out:

@@ -144,7 +144,7 @@ def train(
     change: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
-    """Two tables to a bundle: IDs, TIGER, SASRec, baselines, evaluation; or to a ranker, by a ranker's recipe.
+    """Two tables to a bundle: IDs, TIGER and other networks, baselines, evaluation; or to a ranker, by a ranker's recipe.
 
     A ranker stands alone (--out) or orders what a bundle finds (--into). Killed, it goes on when given again.
     """

@@ -1,8 +1,8 @@
 """The whole funnel on real data: log → semantic IDs → TIGER → funnel → evaluation → ten recommendations.
 
 Command   tiglon demo
-Hardware  two cores, idle: 8 and a half minutes in all
-Score     next basket, seen items shown, test: Recall@10 .1809, NDCG@10 .1953 (repeats: .1702, .1910)
+Hardware  two cores, idle: 8 minutes in all
+Score     next basket, seen items shown, test: Recall@10 .1791, NDCG@10 .1963 (repeats: .1702, .1910)
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class ClusterStore:
         time: np.ndarray | Sequence[int] | int | None = None,
         last: int | None = None,
     ) -> Histories:
-        """What each of B users did strictly before `time`: leaves, then the behaviours that are in none.
+        """What each of B users did strictly before `time`: leaves, then the behaviours that came after them.
 
         The arguments are those of `HistoryStore.before`; `last` counts entries. The features are those of the
         histories and `cluster_size`. Raises LeakageError where a time lies before `until`: a leaf knows no less.

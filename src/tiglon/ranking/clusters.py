@@ -16,7 +16,7 @@ A set of equal vectors cannot be divided by k-means: it is cut into chunks by ti
 Deviations. Centroids are fitted on `sample` behaviours a child and all behaviours then assigned once, as
 nothing hangs on the last step of k-means where the children are divided again; a set of no more than that
 is clustered whole. By which vectors is the caller's choice: items' as published, or the search's keys
-(`LifelongRanker.cluster`). What joins, and how, is ours: the paper clusters everything again every two weeks.
+(`LifelongRanker.cluster`). Whole lives are clustered where no `cap` is given. What joins, and how, is ours: the paper clusters everything again every two weeks.
 
 Cost. One assignment a level: with D numbers an item, about Σ n^0.3 ≈ 100 distances a behaviour in a life of
 10^6. Memory beside the input: three integers a behaviour. Nothing is drawn that does not hang on the set
@@ -47,7 +47,7 @@ _PROBES = 4
 class ClusterConfig:
     largest: int = 20  # γ, behaviours in a leaf; TWIN V2: 20
     power: float = 0.3  # a set of n has ⌊n^power⌋ children, at least 2; TWIN V2: 0.3
-    cap: int | None = 100_000  # only so many most recent behaviours of a life; TWIN V2: 100,000; None: all
+    cap: int | None = None  # only so many most recent behaviours of a life; TWIN V2: 100,000; None: all
     iterations: int = 5  # of k-means
     sample: int = 32  # behaviours a child that centroids are fitted on
     reach: float = 2.0  # a behaviour may join a leaf this many times the group's typical radius away

@@ -21,7 +21,7 @@ the MLP. The shell has the MLP, so that a comparison compares the layers; only D
 Deviations
 - The first-order term w·x of FM and DeepFM is a linear function of the embeddings, not a table of its own.
 - FiBiNET uses the same bilinear matrices for raw and for reweighted fields, and with "each" none for the last
-  field, which stands on the left of no pair. No layer adds the wide or linear part of its paper's full model.
+  field, which stands on the left of no pair. No other layer adds the wide or linear part of its paper's full model.
 - Sizes are for some ten fields: 32 feature maps a layer in the CIN (paper: 100 to 200), two heads of 8 in AutoInt (paper:
   of 32).
 

@@ -61,7 +61,7 @@ def probe(
 
 
 def stored_requests(ranker: LifelongRanker, users: int = 32, candidates: int = 20) -> RankingTask:
-    """Requests of users spread over the stored log, each right after their life, for the most frequent items."""
+    """Requests of users spread over the stored log, all right after its newest event, for the most frequent items."""
     store = ranker.histories
     counts = np.bincount(store.item, minlength=len(store.items))
     often = np.argsort(-counts, kind="stable")[:candidates]

@@ -23,7 +23,7 @@ no elements) takes no part in that step. Every method is a module: what it remem
     GradVac              Wang, Tsvetkov, Firat, Cao: Gradient Vaccine. ICLR 2021, arXiv:2010.05874
     CAGrad               Liu et al.: Conflict-Averse Gradient Descent. NeurIPS 2021, arXiv:2110.14048
 
-The first four weigh losses: the weights hold for all parameters, and a step has one backward pass. The others
+The first four weigh losses: the weights hold for all parameters, and a step has one backward pass (GradNorm: 1 + T). The others
 combine the tasks' gradients on the shared parameters alone; those of its own get their task's plain gradient.
 Each combination is Σ_t w_t g_t with weights that follow from the inner products of the gradients, the Gram
 matrix G = (g_i · g_j), so a method is a function from T × T numbers to T; a step has T backward passes and
