@@ -146,9 +146,9 @@ def test_an_empty_history_finds_nothing():
     assert merge(nothing.find(4)[1], 4).shape == (1, 2, 0)
 
 
-@pytest.mark.parametrize("B", [1, 3])
-def test_threads_change_nothing(B, monkeypatch):
-    case = Case(B, 3, 2, 4, 3000, 40, 1, seed=5)
+@pytest.mark.parametrize("B, K", [(1, 3), (1, 29), (3, 3)])  # cut along the life, the candidates, not at all
+def test_threads_change_nothing(B, K, monkeypatch):
+    case = Case(B, K, 2, 4, 3000, 40, 1, seed=5)
     alone = case.find(50)
     monkeypatch.setattr(heads, "_SHARD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

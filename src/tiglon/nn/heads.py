@@ -34,6 +34,7 @@ _BLOCK = 64  # behaviours whose keys are on their way from memory at once
 _ROOM = 2  # times n entries a list, so that it is seldom cut back to n
 _STEP = 8  # dimensions a pass; d is filled up with zeros to a multiple
 _SHARD = 1 << 22  # products of one thread: below, starting a second costs more than it saves
+_FEW = 8  # candidates a thread: below, they share what it costs to gather the keys
 _EMPTY = np.iinfo(np.int64).min
 
 
@@ -111,8 +112,10 @@ def search(
     if past.size is not None:
         log_size = past.size.float().clamp(min=1).log().contiguous().numpy()
     threads = torch.get_num_threads()
-    # Several requests keep the threads busy whole; a single one is cut along its history.
-    shards = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
+    # Several requests keep the threads busy whole. A single one is cut along its candidates, each of whose lists costs
+    # much whatever the length; one of few along its history.
+    parts = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
+    shards = 1 if K >= _FEW * parts else parts
     # One kernel for the three storages: the two that are not meant are empty.
     wide, half, small = (
         keys.number if keys.number.dtype == dtype else np.empty((0, A * d), dtype)
@@ -120,16 +123,19 @@ def search(
     )
     small = small.reshape(len(small), A, d)
     cuts = np.linspace(0, L, shards + 1).astype(np.int64)
+    sides = np.linspace(0, K, parts // shards + 1).astype(np.int64)
     best = np.full((B, shards, K * A, _ROOM * n), _EMPTY)
 
     def scan(job: int) -> None:
-        b, s = divmod(job, shards)
+        b, part = divmod(job, parts)
+        s, side = (part, 0) if shards == parts else (0, part)
+        low, high = sides[side], sides[side + 1]
         _scan(
-            query[b], wide, half, small, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
-            cuts[s], cuts[s + 1], n, best[b, s],
+            query[b, low:high], wide, half, small, keys.scale, row[b], code[b], mask[b], log_size[b], table, first,
+            cuts[s], cuts[s + 1], n, best[b, s, low * A : high * A],
         )  # fmt: skip
 
-    jobs = range(B * shards if n and K else 0)
+    jobs = range(B * parts if n and K else 0)
     if threads > 1 and len(jobs) > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(scan, jobs))
