@@ -98,7 +98,9 @@ def co_occurrence_vectors(interactions: Interactions, width: int = 128, *, seed:
     width = min(width, N - 1)
     if width < 1 or not together.nnz:
         return np.zeros((N, max(width, 1)), np.float32)
-    found: np.ndarray = unit(TruncatedSVD(width, random_state=seed).fit_transform(together).astype(np.float32))
+    found: np.ndarray = unit(
+        TruncatedSVD(width, random_state=seed).fit_transform(together).astype(np.float32)
+    )
     found[np.asarray(together.sum(axis=1)).ravel() == 0] = 0
     return found
 

@@ -243,7 +243,12 @@ class Prefixes(nn.Module):
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def _add_products(
-    logits: np.ndarray, x: np.ndarray, vectors: np.ndarray, owner: np.ndarray, code: np.ndarray, row: np.ndarray
+    logits: np.ndarray,
+    x: np.ndarray,
+    vectors: np.ndarray,
+    owner: np.ndarray,
+    code: np.ndarray,
+    row: np.ndarray,
 ) -> None:
     """logits[owner, code] += x[owner] · vectors[row], without the copies of both that torch would gather."""
     for i in range(len(owner)):
