@@ -115,7 +115,7 @@ def search(
     # Several requests keep the threads busy whole. A single one is cut along its candidates, each of whose lists costs
     # much whatever the length; one of few along its history.
     parts = 1 if B > 1 else max(1, min(threads, K * A * d * L // _SHARD))
-    shards = 1 if K >= _FEW * parts else parts
+    shards = 1 if _FEW * parts <= K else parts
     # One kernel for the three storages: the two that are not meant are empty.
     wide, half, small = (
         keys.number if keys.number.dtype == dtype else np.empty((0, A * d), dtype)
