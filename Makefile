@@ -41,7 +41,7 @@ bench: $(STAMP)
 ifdef NAME
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 else
-	@ls benchmarks | sed -n 's/\.py$$//p'
+	@ls benchmarks | sed -n '/^machine/d; s/\.py$$//p'
 	@echo "Run one: make bench NAME=... ARGS=..."
 endif
 

@@ -16,7 +16,8 @@ A set of equal vectors cannot be divided by k-means: it is cut into chunks by ti
 Deviations. Centroids are fitted on `sample` behaviours a child and all behaviours then assigned once, as
 nothing hangs on the last step of k-means where the children are divided again; a set of no more than that
 is clustered whole. By which vectors is the caller's choice: items' as published, or the search's keys
-(`LifelongRanker.cluster`). Whole lives are clustered where no `cap` is given. What joins, and how, is ours: the paper clusters everything again every two weeks.
+(`LifelongRanker.cluster`). Whole lives are clustered where no `cap` is given. What joins, and how, is ours:
+the paper clusters everything again every two weeks.
 
 Cost. One assignment a level: with D numbers an item, about Σ n^0.3 ≈ 100 distances a behaviour in a life of
 10^6. Memory beside the input: three integers a behaviour. Nothing is drawn that does not hang on the set

@@ -1,8 +1,8 @@
 """The k best items of a score matrix, with a stated rule for ties.
 
 Ties are broken by a seeded hash of the item: at random as far as any order in the data goes, yet the same
-for the same item in every batch and run, and when items are added. A tie broken by id order would favour whatever that
-order stands for (time of arrival, popularity), and metrics of coarse scores would measure it.
+for the same item in every batch and run, and when items are added. A tie broken by id order would favour
+whatever that order stands for (time of arrival, popularity), and metrics of coarse scores would measure it.
 """
 
 from __future__ import annotations
