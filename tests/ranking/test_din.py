@@ -55,7 +55,19 @@ def test_the_first_layer_is_that_of_the_concatenation():
     e_BLKE, v_BLKH = e[:, :, None].expand(-1, -1, 3, -1), v[:, None].expand(-1, 5, -1, -1)
     h = e_BLKE[..., :6]
     expected = unit.first(torch.cat([e_BLKE, v_BLKH, h - v_BLKH, h * v_BLKH], dim=-1))
-    torch.testing.assert_close(unit.first_layer(e, v), expected)
+    matrix, vector = unit.of_candidates(v)
+    found = torch.baddbmm(vector, e, matrix).view(2, 5, 3, 8)
+    torch.testing.assert_close(found, expected)
+
+
+def test_read_in_parts_or_whole():
+    """With gradients all weights are made at once, without them some behaviours at a time."""
+    torch.manual_seed(0)
+    unit = ActivationUnit(10, 6, (80, 40)).eval()
+    e, v, mask = torch.randn(2, 2_000, 10), torch.randn(2, 3, 6), torch.ones(2, 2_000, dtype=torch.bool)
+    whole = unit(e, v, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(unit(e, v, mask), whole)
 
 
 @settings(max_examples=15, deadline=None)
@@ -143,6 +155,26 @@ def test_dice_by_its_definition():
     expected = p * s + (1 - p) * dice.alpha * s
     torch.testing.assert_close(dice(s, real), expected)
     torch.testing.assert_close(dice(s[:1], real[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dice_has_the_gradients_of_its_definition(training):
+    """Through the batch's mean and variance, too; over more rows than are passed over at a time."""
+    torch.manual_seed(0)
+    dice, real = Dice(80).train(training), torch.rand(4_000) < 0.8
+    torch.nn.init.normal_(dice.alpha)
+    s = (torch.randn(4_000, 80) * 2 + 1).requires_grad_()
+    weight = torch.randn(4_000, 80) * real[:, None]  # what padding gives is used by nobody
+    running = dice.mean.clone(), dice.variance.clone()
+    found = torch.autograd.grad((dice(s, real) * weight).sum(), [s, dice.alpha])
+    mean, variance = running
+    if training:
+        mean, variance = s[real].mean(dim=0), s[real].var(dim=0, correction=0)
+    p = torch.sigmoid((s - mean) / torch.sqrt(variance + 1e-8))
+    plain = p * s + (1 - p) * dice.alpha * s
+    expected = torch.autograd.grad((plain * weight).sum(), [s, dice.alpha])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_are_never_taken_in_bfloat16():

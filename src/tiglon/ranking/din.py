@@ -26,7 +26,8 @@ F hidden width, N items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,25 +56,83 @@ class Dice(nn.Module):
 
     def forward(self, s: Tensor, real: Tensor) -> Tensor:
         """s: (…, F).   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
-        s = s.float()
-        mean, variance = self._moments(s, real) if self.training else (self.mean, self.variance)
-        scale = (variance + self.eps).rsqrt()
-        p = torch.sigmoid(torch.addcmul(-mean * scale, s, scale))
-        return s * torch.addcmul(self.alpha, 1 - self.alpha, p)
-
-    def _moments(self, s: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (F,) over the real rows, which also move the running ones."""
-        weight_R, s_RF = real.expand(s.shape[:-1]).flatten().float(), s.flatten(0, -2)
-        n = weight_R.count_nonzero()
-        if n == 0:
-            return self.mean, self.variance
+        s_RF, weight_R1, n = s.float().flatten(0, -2), None, 0.0
+        mean, variance = self.mean, self.variance
         with torch.autocast(s.device.type, enabled=False):
-            mean = weight_R @ s_RF / n
-            variance = weight_R @ (s_RF - mean).square() / n
-        with torch.no_grad():
-            self.mean.lerp_(mean, self.momentum)
-            self.variance.lerp_(variance, self.momentum)
-        return mean, variance
+            if self.training:
+                weight_R1 = real.expand(s.shape[:-1]).reshape(-1, 1).float()
+                n = weight_R1.sum().item()
+            if n:
+                assert weight_R1 is not None
+                with torch.no_grad():
+                    mean, variance = _moments(s_RF, weight_R1, n)
+                    self.mean.lerp_(mean, self.momentum)
+                    self.variance.lerp_(variance, self.momentum)
+            scale = (variance + self.eps).rsqrt()
+            return _Dice.apply(s_RF, self.alpha, mean, scale, weight_R1, n).view(s.shape)
+
+
+def _moments(s_RF: Tensor, weight_R1: Tensor, n: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance (F,) over the n real rows."""
+    mean = torch.zeros(s_RF.shape[1])
+    variance = torch.zeros_like(mean)
+    for s, w in _blocks(s_RF, weight_R1):
+        mean += (w.mT @ s)[0]
+    mean /= n
+    for s, w in _blocks(s_RF, weight_R1):
+        variance += (w.mT @ (s - mean).square_())[0]
+    return mean, variance / n
+
+
+class _Dice(torch.autograd.Function):
+    """f by rows that a core's cache holds, keeping s alone for its gradient.
+
+    n: real rows that mean and scale = 1/√(Var + ε) were taken of, through which the gradient then flows;
+    0 where they are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, s_RF: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, weight_R1: Tensor | None, n: float
+    ) -> Tensor:
+        ctx.save_for_backward(s_RF, alpha, mean, scale, weight_R1)
+        ctx.n = n
+        out_RF = torch.empty_like(s_RF)
+        for s, out in _blocks(s_RF, out_RF):
+            p = torch.addcmul(-mean * scale, s, scale).sigmoid_()
+            torch.addcmul(alpha, 1 - alpha, p, out=out).mul_(s)
+        return out_RF
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        """With x̂ = (s − mean)·scale and g_x̂ = ∂/∂x̂ of p alone, mean and scale take from each real row
+        scale/n · (Σ g_x̂ + x̂ Σ g_x̂ x̂), as in batch normalisation."""
+        s_RF, alpha, mean, scale, weight_R1 = ctx.saved_tensors
+        of_s_RF = torch.empty_like(s_RF)
+        of_alpha, of_x, of_xx = torch.zeros_like(alpha), torch.zeros_like(alpha), torch.zeros_like(alpha)
+        for g, s, of_s in _blocks(given[0], s_RF, of_s_RF):
+            x = torch.addcmul(-mean * scale, s, scale)
+            p = x.sigmoid()
+            gs = g * s
+            of_alpha += gs.sum(dim=0) - (gs * p).sum(dim=0)
+            of_p = gs.mul_(1 - alpha).mul_(torch.addcmul(p, p, p, value=-1))
+            of_x += of_p.sum(dim=0)
+            of_xx += x.mul_(of_p).sum(dim=0)
+            torch.addcmul(alpha, 1 - alpha, p, out=of_s).mul_(g).addcmul_(of_p, scale)
+        if ctx.n:
+            slope = -(scale**2) * of_xx / ctx.n
+            level = -scale * of_x / ctx.n - slope * mean
+            for s, w, of_s in _blocks(s_RF, weight_R1, of_s_RF):
+                of_s += torch.addcmul(level, s, slope).mul_(w)
+        return of_s_RF, of_alpha, None, None, None, None
+
+
+def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time, few enough that passes over them stay in a core's cache."""
+    return zip(*(part.split(max(1, _CELLS // rows[0].shape[1])) for part in rows), strict=True)
+
+
+_CELLS = 1 << 17  # floats
 
 
 class ActivationUnit(nn.Module):
@@ -90,21 +149,38 @@ class ActivationUnit(nn.Module):
 
     def forward(self, behaviour_BLE: Tensor, target_BKH: Tensor, mask_BL: Tensor) -> Tensor:
         """Weights (B, L, K), any sign and size; meaningless on padding."""
-        x_BLKF, real_BL1 = self.first_layer(behaviour_BLE, target_BKH), mask_BL[..., None]
-        for dice, linear in zip(self.dice, self.rest, strict=True):
-            x_BLKF = linear(dice(x_BLKF, real_BL1))
-        return x_BLKF.squeeze(-1)
+        matrix_BEM, vector_B1M = self.of_candidates(target_BKH)
+        if self.training or torch.is_grad_enabled():
+            return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), mask_BL)
+        some = max(
+            1, 2 * _CELLS // matrix_BEM.shape[2]
+        )  # nothing is kept: some behaviours of a request at a time
+        weight_BLK = behaviour_BLE.new_empty(*mask_BL.shape, target_BKH.shape[1])
+        for e_LE, mask_L, matrix, vector, weight_LK in zip(
+            behaviour_BLE, mask_BL, matrix_BEM, vector_B1M, weight_BLK, strict=True
+        ):
+            parts = zip(e_LE.split(some), mask_L.split(some), weight_LK.split(some), strict=True)
+            for e, mask, weight in parts:
+                weight[:] = self.rest_of(torch.addmm(vector, e, matrix), mask)
+        return weight_BLK
 
-    def first_layer(self, behaviour_BLE: Tensor, target_BKH: Tensor) -> Tensor:
-        """`first` of the concatenation, (B, L, K, F), without making the concatenation."""
+    def of_candidates(self, target_BKH: Tensor) -> tuple[Tensor, Tensor]:
+        """What `first` of the concatenation is for each candidate: e times a matrix, (B, E, K·F), plus a vector,
+        (B, 1, K·F): e Wₑᵀ + (e_h − v) W₋ᵀ + (e_h ⊙ v) W×ᵀ + v Wᵥᵀ, without making the concatenation."""
         of_e, of_v, of_difference, of_product = self.first.weight.split(self.widths, dim=1)
-        K, H = target_BKH.shape[1:]
-        inherent_BLH = behaviour_BLE[..., :H]
-        from_e_BLF = behaviour_BLE @ of_e.T + inherent_BLH @ of_difference.T + self.first.bias
-        from_v_BKF = target_BKH @ (of_v - of_difference).T
-        product_BKFH = target_BKH[:, :, None] * of_product  # (e ⊙ v) Wᵀ = e (v ⊙ W)ᵀ
-        x_BLKF = (inherent_BLH @ product_BKFH.flatten(1, 2).mT).unflatten(-1, (K, -1))
-        return x_BLKF + from_e_BLF[:, :, None] + from_v_BKF[:, None]
+        B, K, H = target_BKH.shape
+        of_h, of_c = of_e.split([H, of_e.shape[1] - H], dim=1)
+        for_h_BKFH = target_BKH[:, :, None] * of_product + (of_h + of_difference)
+        for_e_BKFE = torch.cat([for_h_BKFH, of_c.expand(B, K, -1, -1)], dim=-1)
+        vector_BKF = target_BKH @ (of_v - of_difference).T + self.first.bias
+        return for_e_BKFE.flatten(1, 2).mT, vector_BKF.flatten(1)[:, None]
+
+    def rest_of(self, x_M: Tensor, mask: Tensor) -> Tensor:
+        """(…, K·F), behaviours' mask (…) → what the layers after the first make of it, (…, K)."""
+        x = x_M.unflatten(-1, (-1, self.first.out_features))
+        for dice, linear in zip(self.dice, self.rest, strict=True):
+            x = linear(dice(x, mask[..., None]))
+        return x.squeeze(-1)
 
 
 class DIN(nn.Module):

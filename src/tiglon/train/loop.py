@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, DataError
-from tiglon.train import checkpoint
+from tiglon.train import checkpoint, memory
 
 Batch = TypeVar("Batch")
 
@@ -87,8 +87,22 @@ def train(
     Raises DataError where there is nothing to learn from or a loss is not finite, ConfigError for a checkpoint of another run,
     BundleDamagedError for a damaged one, StorageError where the disk refuses.
     """
+    with memory.kept():
+        return _train(model, epoch_batches, loss_fn, validate, config, directory, report, about or {})
+
+
+def _train(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Sequence[Batch]],
+    loss_fn: Callable[[Any, Batch], Tensor],
+    validate: Callable[[], float] | None,
+    config: TrainConfig,
+    directory: Path | None,
+    report: Callable[[Progress], None] | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    run = _Run(model, config, about or {})
+    run = _Run(model, config, about)
     path = directory / "checkpoint.safetensors" if directory else None
     if path and path.exists():
         run.restore(*checkpoint.load(path))
