@@ -132,7 +132,7 @@ def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(part.split(max(1, _CELLS // rows[0].shape[1])) for part in rows), strict=True)
 
 
-_CELLS = 1 << 17  # floats
+_CELLS = 1 << 18  # floats
 
 
 class ActivationUnit(nn.Module):
