@@ -56,7 +56,7 @@ class Dice(nn.Module):
 
     def forward(self, s: Tensor, real: Tensor) -> Tensor:
         """s: (…, F).   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
-        s_RF, weight_R1, n = s.float().flatten(0, -2), None, 0.0
+        s_RF, weight_R1, n = s.flatten(0, -2), None, 0.0
         mean, variance = self.mean, self.variance
         with torch.autocast(s.device.type, enabled=False):
             if self.training:
@@ -77,7 +77,7 @@ def _moments(s_RF: Tensor, weight_R1: Tensor, n: float) -> tuple[Tensor, Tensor]
     mean = torch.zeros(s_RF.shape[1])
     variance = torch.zeros_like(mean)
     for s, w in _blocks(s_RF, weight_R1):
-        mean += (w.mT @ s)[0]
+        mean += (w.mT @ s.float())[0]
     mean /= n
     for s, w in _blocks(s_RF, weight_R1):
         variance += (w.mT @ (s - mean).square_())[0]
@@ -85,7 +85,7 @@ def _moments(s_RF: Tensor, weight_R1: Tensor, n: float) -> tuple[Tensor, Tensor]
 
 
 class _Dice(torch.autograd.Function):
-    """f by rows that a core's cache holds, keeping s alone for its gradient.
+    """f by rows that a core's cache holds, keeping s alone for its gradient; computed in float32, given as s is.
 
     n: real rows that mean and scale = 1/√(Var + ε) were taken of, through which the gradient then flows;
     0 where they are constants.
@@ -100,7 +100,7 @@ class _Dice(torch.autograd.Function):
         out_RF = torch.empty_like(s_RF)
         for s, out in _blocks(s_RF, out_RF):
             p = torch.addcmul(-mean * scale, s, scale).sigmoid_()
-            torch.addcmul(alpha, 1 - alpha, p, out=out).mul_(s)
+            out[:] = torch.addcmul(alpha, 1 - alpha, p).mul_(s)
         return out_RF
 
     @staticmethod
@@ -111,6 +111,7 @@ class _Dice(torch.autograd.Function):
         of_s_RF = torch.empty_like(s_RF)
         of_alpha, of_x, of_xx = torch.zeros_like(alpha), torch.zeros_like(alpha), torch.zeros_like(alpha)
         for g, s, of_s in _blocks(given[0], s_RF, of_s_RF):
+            g, s = g.float(), s.float()
             x = torch.addcmul(-mean * scale, s, scale)
             p = x.sigmoid()
             gs = g * s
@@ -118,7 +119,7 @@ class _Dice(torch.autograd.Function):
             of_p = gs.mul_(1 - alpha).mul_(torch.addcmul(p, p, p, value=-1))
             of_x += of_p.sum(dim=0)
             of_xx += x.mul_(of_p).sum(dim=0)
-            torch.addcmul(alpha, 1 - alpha, p, out=of_s).mul_(g).addcmul_(of_p, scale)
+            of_s[:] = torch.addcmul(alpha, 1 - alpha, p).mul_(g).addcmul_(of_p, scale)
         if ctx.n:
             slope = -(scale**2) * of_xx / ctx.n
             level = -scale * of_x / ctx.n - slope * mean
