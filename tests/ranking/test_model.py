@@ -367,6 +367,29 @@ def test_a_newer_format_is_refused(copy):
         LifelongRanker.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("unit", "setting", "of"),
+    [
+        ("din", {"l2": 0.5}, lambda unit: unit.l2),
+        ("eta", {"bits": 3}, lambda unit: len(unit.hyperplanes)),
+        ("mimn", {"slots": 2}, lambda unit: len(unit.start)),
+    ],
+)
+def test_settings_of_one_unit_reach_it(task, unit, setting, of):
+    changed = dataclasses.replace(CONFIG.unit, **setting)
+    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long=unit, unit=changed))
+    assert [of(ranker.network.long)] == list(setting.values())
+
+
+def test_din_divides_its_l2_by_how_often_an_item_was_had(task):
+    unit = dataclasses.replace(CONFIG.unit, l2=0.1)
+    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="din", unit=unit))
+    names = task.features.schema.of("inherent")
+    count = ranker.network.long.counts[[feature.name for feature in names].index("item_id")]
+    codes = ranker.network.embed.item_codes[task.store.item, 0].numpy()
+    assert count.tolist() == np.bincount(codes, minlength=len(count)).tolist()
+
+
 # -- what it reads -----------------------------------------------------------------------------------------
 
 

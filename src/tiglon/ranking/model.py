@@ -41,7 +41,7 @@ from tiglon.ranking.crosses import CROSSES
 from tiglon.ranking.gates import GATES, TRUNKS
 from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
 from tiglon.ranking.twin_v2 import TwinV2
-from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
+from tiglon.ranking.units import NONE, Known, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.train.multitask import METHODS, Balanced, MultiTask
 from tiglon.types import ItemVectors, RankingBatch
@@ -111,8 +111,10 @@ class LifelongRanker:
         self.features, self.histories, self.tasks = features, histories, tuple(tasks)
         torch.manual_seed(c.train.seed)
         embed = FeatureEmbedding(**features.embedding())
-        category = category_of(features, c.unit.category)
-        long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
+        N = len(histories.items)
+        counts = np.bincount(histories.item % (N + 1), minlength=N + 1)  # the unknown item is −1
+        data = Known(category_of(features, c.unit.category), torch.from_numpy(counts))
+        long, short = (make_unit(name, embed, c.unit, data) for name in (c.long, c.short))
         cross = None if c.cross == NONE else CROSSES[c.cross]
         gate = self._gate if c.gate in GATES else None
         trunk = self._trunk if c.gate in TRUNKS else None
