@@ -1,16 +1,21 @@
-"""MIMN: one event at a time is all at once to the bit; writes land where they point; the state never grows."""
+"""MIMN: one event at a time is all at once to the bit; writes land where they point; the state never grows.
+
+The definition, in torch's own operations, of what `memory_steps` computes begins below."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.ranking.mimn import MIMN, address, usage_share, utilisation_loss, write
+from tiglon.ranking import memory_steps
+from tiglon.ranking.memory_steps import project
+from tiglon.ranking.mimn import MIMN, MemoryState, address, usage_share, utilisation_loss, write
 from tiglon.types import MISSING, Behaviours
 
 torch.set_num_threads(1)
@@ -44,6 +49,178 @@ def mimn(embed: FeatureEmbedding, **settings) -> MIMN:
 
 
 ITEM = torch.tensor([[0, 5, 7], [3, 4, 11]])
+
+
+def unrolled(unit: MIMN, embed: FeatureEmbedding, state: MemoryState, behaviours: Behaviours) -> MemoryState:
+    """`update` by its definition: a step a time for all users."""
+    x_BLE = torch.cat([embed.inherent(behaviours.item), embed.cross(behaviours.cross).flatten(-2)], dim=-1)
+    for t in range(x_BLE.shape[1]):
+        new, at = step(unit, state, x_BLE[:, t]), behaviours.mask[:, t]
+        state = MemoryState(
+            *(torch.where(at.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, state, strict=True))
+        )
+    return state
+
+
+def step(unit: MIMN, state: MemoryState, x_BE: torch.Tensor) -> MemoryState:
+    memory = state.memory
+    controller = unit.controller(torch.cat([x_BE, state.last_read], dim=-1), state.controller)
+    key, strength = unit.heads(controller).unflatten(-1, (2, -1)).split([unit.slot_width, 1], dim=-1)
+    read, weight = address(key.tanh(), F.softplus(strength) + 1, memory).unbind(1)
+    spread = F.softmax(unit.transfer(usage_share(state.usage)).unflatten(-1, (unit.slots, -1)), dim=-1)
+    weight = (weight[:, None] @ spread).squeeze(1)
+    erase, add = unit.change(controller).chunk(2, dim=-1)
+    return MemoryState(
+        write(memory, weight, erase.sigmoid(), add.tanh()),
+        induced(unit, state.channels, read, memory, x_BE),
+        controller,
+        (read[:, None] @ memory).squeeze(1),
+        state.usage + weight,
+    )
+
+
+def induced(unit: MIMN, channels, read, memory, x_BE) -> torch.Tensor:
+    at = read.topk(unit.top, dim=1).indices[..., None]
+    slot = memory.detach().gather(1, at.expand(-1, -1, unit.slot_width))
+    at = at.expand(-1, -1, unit.channel_width)
+    before = channels.gather(1, at)
+    x = x_BE[:, None].expand(-1, unit.top, -1)
+    after = unit.induce(torch.cat([x, slot], dim=-1).flatten(0, 1), before.flatten(0, 1))
+    return channels.scatter(1, at, after.view_as(before))
+
+
+def some_state(unit: MIMN, B: int) -> MemoryState:
+    torch.manual_seed(2)
+    state = MemoryState(*(torch.randn(x.shape) * 0.5 for x in unit.begin(B)))
+    return state._replace(usage=torch.rand(B, unit.slots) * 3 + 1)
+
+
+def learnt(update, unit: MIMN, embed: FeatureEmbedding, state: MemoryState, behaviours: Behaviours):
+    """The state after, and the gradient of a random sum of its numbers in everything before."""
+    state = MemoryState(*(x.detach().clone().requires_grad_() for x in state))
+    after = update(unit, embed, state, behaviours)
+    torch.manual_seed(3)
+    given = [torch.randn(x.shape) for x in after]
+    before = {**state._asdict(), **dict(unit.named_parameters()), **dict(embed.named_parameters())}
+    grads = torch.autograd.grad(after, list(before.values()), given, allow_unused=True)
+    return after, dict(zip(before, grads, strict=True))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    most = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * most)
+
+
+@pytest.mark.parametrize(
+    "B, L, sizes",
+    [
+        (3, 20, {}),
+        (3, 20, {"top": 2}),
+        (1, 1, {}),
+        (5, 7, {"slots": 8, "slot_width": 32, "channel_width": 32}),
+        (2, 60, {"slots": 3, "slot_width": 9, "channel_width": 17, "top": 3}),
+        (2, 12, {"slots": 1, "slot_width": 1, "channel_width": 1}),
+    ],
+)
+def test_update_and_its_gradients_by_definition(B, L, sizes):
+    embed = embedding()
+    unit, behaviours = mimn(embed, **sizes), past(B, L)
+    arguments = (unit, embed, some_state(unit, B), behaviours)
+    found, of_found = learnt(MIMN.update, *arguments)
+    expected, of_expected = learnt(unrolled, *arguments)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    for name, grad in of_expected.items():
+        if grad is not None:
+            close(of_found[name], grad)
+        elif of_found[name] is not None:
+            assert (of_found[name] == 0).all(), name
+
+
+def test_the_first_memory_learns_by_definition():
+    embed = embedding()
+    unit, behaviours = mimn(embed), past(3, 15)
+    grads = []
+    for update in (MIMN.update, unrolled):
+        after = update(unit, embed, unit.begin(3), behaviours)
+        grads.append(torch.autograd.grad(sum(x.square().sum() for x in after), unit.start)[0])
+    close(*grads)
+
+
+def test_without_gradients_the_bits_are_the_same():
+    embed = embedding()
+    unit, behaviours = mimn(embed), past(3, 15)
+    state = some_state(unit, 3)
+    before = [x.clone() for x in state]
+    with_gradients = unit.update(embed, state, behaviours)
+    assert all(x.requires_grad for x in with_gradients)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            found = unit.update(embed, state, behaviours)
+        assert not any(x.requires_grad for x in found)
+        assert all(torch.equal(a, b) for a, b in zip(found, with_gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+
+
+def test_a_gradient_can_be_asked_for_twice():
+    embed = embedding()
+    unit = mimn(embed)
+    after = unit.update(embed, unit.begin(3), past(3, 15))
+    total = sum(x.sum() for x in after)
+    one, other = (torch.autograd.grad(total, unit.heads.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_threads_change_no_bit_of_a_state(monkeypatch):
+    embed = embedding()
+    unit, behaviours = mimn(embed, top=2), past(5, 15)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(memory_steps, "_SHARD", 1)
+        with torch.no_grad():
+            found.append(unit.update(embed, unit.begin(5), behaviours))
+        found.append(learnt(MIMN.update, unit, embed, some_state(unit, 5), behaviours))
+    (one, (_, of_one), other, (_, of_other)) = found
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for name in MemoryState._fields:
+        assert torch.equal(of_one[name], of_other[name])
+
+
+def test_a_row_is_projected_alike_whatever_stands_beside_it():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(131, 45), torch.randn(12, 45), torch.randn(12)
+    together = project(x, weight, bias)
+    torch.testing.assert_close(together, F.linear(x, weight, bias))
+    assert torch.equal(together, torch.cat([project(row, weight, bias) for row in x.split(1)]))
+    assert torch.equal(together[7:], project(x[7:], weight, bias))
+
+
+def test_the_curves_are_within_rounding():
+    x = np.append(np.linspace(-30, 30, 100_001), [0, 1e-30, -1e-6, 1e4, -1e4, np.inf, -np.inf]).astype(
+        np.float32
+    )
+    exact = torch.from_numpy(x).double()
+    tanh, sigmoid, exp = x.copy(), x.copy(), -np.abs(x)
+    memory_steps._tanh(tanh, np.float32(1), np.float32(0))
+    memory_steps._sigmoid(sigmoid)
+    memory_steps._exp(exp)
+    assert np.abs(tanh - exact.tanh().numpy()).max() < 3e-7
+    assert np.abs(sigmoid - exact.sigmoid().numpy()).max() < 3e-7
+    np.testing.assert_allclose(exp, (-exact.abs()).clamp(min=-87).exp().numpy(), rtol=3e-7)
+    missing = np.full(3, np.nan, np.float32)
+    for curve in (memory_steps._sigmoid, memory_steps._exp):
+        found = missing.copy()
+        curve(found)
+        assert np.isnan(found).all()
+
+
+def test_nobody_has_a_state_too():
+    embed = embedding()
+    unit = mimn(embed)
+    assert [
+        x.shape[0] for x in unit.update(embed, unit.begin(0), past(2, 3).take(torch.zeros(0, 3).long()))
+    ] == [0] * 5
 
 
 @settings(max_examples=20, deadline=None)
@@ -145,13 +322,14 @@ def test_the_transfer_matrix_learns_to_spread_the_writes():
 
 @pytest.mark.parametrize("top", [1, 2])
 def test_only_the_channels_read_most_change_by_the_shared_gru(top):
-    torch.manual_seed(0)
     embed = embedding()
-    unit = mimn(embed, top=top)
-    channels, memory, x = torch.randn(2, 4, 3), torch.randn(2, 4, 5), torch.randn(2, 12)
-    read = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.4, 0.2, 0.1, 0.3]])
-    found = unit._induce(channels, read, memory, x)
-    for b, order in enumerate([[1, 2], [0, 3]]):
+    unit, behaviours = mimn(embed, top=top), past(2, 1)
+    memory, channels, controller, last_read, _ = state = some_state(unit, 2)
+    x = torch.cat([embed.inherent(behaviours.item), embed.cross(behaviours.cross).flatten(-2)], dim=-1)[:, 0]
+    found = unit.update(embed, state, behaviours).channels
+    head = unit.heads(unit.controller(torch.cat([x, last_read], dim=-1), controller))[:, :6]
+    read = address(head[:, None, :5].tanh(), F.softplus(head[:, None, 5:]) + 1, memory)[:, 0]
+    for b, order in enumerate(read.argsort(dim=1, descending=True).tolist()):
         for i in range(4):
             new = unit.induce(torch.cat([x[b], memory[b, i]])[None], channels[b, i][None])[0]
             torch.testing.assert_close(found[b, i], new if i in order[:top] else channels[b, i])

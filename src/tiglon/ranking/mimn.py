@@ -25,12 +25,13 @@ Deviations
 - Training and `forward` read at most `longest` behaviours (paper: 1,000); `update` has no limit.
 - An entry that stands for n behaviours is one step.
 
-Cost: a loop over time: for 8 users on one busy core 0.6 ms a step, 3 ms with gradients, which keep 0.2 MB a
-step; most of it is the price of a call, so larger batches cost little more. A request costs the same at any
-length.
+Cost: a step of one user is some forty thousand products (E = 136), most of them x's; with gradients three times as
+much, and 4 KB are kept a step (`memory_steps.py`). For 32 users and 1,000 steps on one thread that is 5 times as fast
+as the same steps as operations of torch, 7 times with gradients, and for one user 70 times; a single behaviour costs
+the same either way, the price of calls. A request costs the same at any length.
 
 Letters: B users, K candidates, L behaviours, M slots and channels, D width of a slot, C width of a channel,
-E width of a behaviour.
+E width of a behaviour, R behaviours of all users, G = 3C gates.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
+from tiglon.ranking.memory_steps import Weights, project, steps
 from tiglon.ranking.ranker import Interest
 from tiglon.types import Behaviours
 
@@ -82,16 +84,6 @@ def utilisation_loss(usage_BM: Tensor) -> Tensor:
     """Σ_i (share_i − mean share)², the mean over users; 0 if and only if all slots are used alike."""
     share_BM = usage_share(usage_BM)
     return (share_BM - share_BM.mean(dim=-1, keepdim=True)).square().sum(dim=-1).mean()
-
-
-def choose(these: Tensor, new: MemoryState, old: MemoryState) -> MemoryState:
-    """`new` for the users where `these` (B,) is True, `old` for the others."""
-    at = these[:, None]
-    return MemoryState(
-        torch.where(at[..., None], new.memory, old.memory),
-        torch.where(at[..., None], new.channels, old.channels),
-        *(torch.where(at, a, b) for a, b in zip(new[2:], old[2:], strict=True)),
-    )
 
 
 class MIMN(nn.Module):
@@ -149,7 +141,7 @@ class MIMN(nn.Module):
     def update(self, embed: FeatureEmbedding, state: MemoryState, past: Behaviours) -> MemoryState:
         """The state after these behaviours (B, L), in float32 always.
 
-        Every step is computed apart, so that one call with many behaviours and many calls with one give the
+        Every step runs the same code on its own numbers, so that one call with many behaviours and many calls with one give the
         same bits. Raises DataError where state and behaviours are of different users.
         """
         if len(past.mask) != len(state.usage):
@@ -157,16 +149,15 @@ class MIMN(nn.Module):
                 f"behaviours of {len(past.mask)} users for a state of {len(state.usage)}",
                 rule="Row b of both is the same user",
             )
-        behaviour_BLE = torch.cat([embed.inherent(past.item), embed.cross(past.cross).flatten(-2)], dim=-1)
-        longest = int(past.lengths.max()) if past.mask.numel() else 0
-        steps = zip(behaviour_BLE[:, :longest].unbind(1), past.mask[:, :longest].unbind(1), strict=True)
-        with torch.autocast(behaviour_BLE.device.type, enabled=False):
-            for x_BE, happened_B in steps:
-                following = self._step(state, x_BE)
-                if not happened_B.all():
-                    following = choose(happened_B, following, state)
-                state = following
-        return state
+        if not past.mask.any():
+            return state
+        item_R, cross_RJ = past.item[past.mask], past.cross[past.mask]
+        x_RE = torch.cat([embed.inherent(item_R), embed.cross(cross_RJ).flatten(-2)], dim=-1).float()
+        with torch.autocast(x_RE.device.type, enabled=False):
+            weight_2GE, bias_2G, weights = self._sorted(x_RE.shape[1])
+            from_x_R2G = project(x_RE, weight_2GE, bias_2G).unflatten(-1, (2, -1))
+            after = steps(from_x_R2G, past.mask, tuple(part.float() for part in state), weights, self.top)
+        return MemoryState(*after)
 
     def read(self, embed: FeatureEmbedding, state: MemoryState, item_BK: Tensor) -> Tensor:
         """The interest of each candidate, (B, K, D + C); the state stays as it is."""
@@ -182,36 +173,30 @@ class MIMN(nn.Module):
         channel_BKM = F.softmax(self.ask(x_BKE) @ state.channels.mT * self.channel_width**-0.5, dim=-1)
         return torch.cat([weight_BKM @ state.memory, channel_BKM @ state.channels], dim=-1)
 
-    def _step(self, state: MemoryState, x_BE: Tensor) -> MemoryState:
-        memory_BMD = state.memory
-        controller = self.controller(torch.cat([x_BE, state.last_read], dim=-1), state.controller)
-        read_BM, write_BM = address(*self._heads(controller), memory_BMD).unbind(1)
-        write_BM = self._rebalance(write_BM, state.usage)
-        erase_BD, add_BD = self.change(controller).chunk(2, dim=-1)
-        return MemoryState(
-            write(memory_BMD, write_BM, erase_BD.sigmoid(), add_BD.tanh()),
-            self._induce(state.channels, read_BM, memory_BMD, x_BE),
-            controller,
-            (read_BM[:, None] @ memory_BMD).squeeze(1),
-            state.usage + write_BM,
-        )
-
     def _heads(self, controller: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (n, 2, D) and strengths (n, 2, 1) to read and to write with."""
         key, strength = self.heads(controller).unflatten(-1, (2, -1)).split([self.slot_width, 1], dim=-1)
         return key.tanh(), F.softplus(strength) + 1
 
-    def _rebalance(self, weight_BM: Tensor, usage_BM: Tensor) -> Tensor:
-        """w̃ = w P with P = softmax(W_g g + b), a matrix whose rows sum to one: so does w̃ (§4.3)."""
-        P_BMM = F.softmax(self.transfer(usage_share(usage_BM)).unflatten(-1, (self.slots, -1)), dim=-1)
-        return (weight_BM[:, None] @ P_BMM).squeeze(1)
-
-    def _induce(self, channels_BMC: Tensor, read_BM: Tensor, memory_BMD: Tensor, x_BE: Tensor) -> Tensor:
-        """The `top` channels that were read most take in [x, M_i]; the others stay (§4.4)."""
-        at_BT1 = read_BM.topk(self.top, dim=1).indices[..., None]
-        slot_BTD = memory_BMD.detach().gather(1, at_BT1.expand(-1, -1, self.slot_width))
-        at_BTC = at_BT1.expand(-1, -1, self.channel_width)
-        before_BTC = channels_BMC.gather(1, at_BTC)
-        x_BTE = x_BE[:, None].expand(-1, self.top, -1)
-        after = self.induce(torch.cat([x_BTE, slot_BTD], dim=-1).flatten(0, 1), before_BTC.flatten(0, 1))
-        return channels_BMC.scatter(1, at_BTC, after.view_as(before_BTC))
+    def _sorted(self, E: int) -> tuple[Tensor, Tensor, Weights]:
+        """What both GRUs do to a behaviour, (2G, E) and (2G,), and all else that a step needs."""
+        C = self.channel_width
+        first, second = self.controller, self.induce
+        input_2GI = torch.stack([first.weight_ih, second.weight_ih])
+        of_input_2G, of_hidden_2G = (
+            torch.stack([first.bias_ih, second.bias_ih]),
+            torch.stack([first.bias_hh, second.bias_hh]),
+        )
+        heads, change = self.heads, self.change
+        unused = heads.bias.new_zeros(-(len(heads.bias) + len(change.bias)) % 8, C)  # to fill vectors up
+        weights = Weights(
+            input_2GI[..., E:],
+            torch.stack([first.weight_hh, second.weight_hh]),
+            of_hidden_2G[:, 2 * C :],
+            torch.cat([heads.weight, change.weight, unused]),
+            torch.cat([heads.bias, change.bias, unused[:, 0]]),
+            self.transfer.weight,
+            self.transfer.bias,
+        )
+        bias_2G = of_input_2G + F.pad(of_hidden_2G[:, : 2 * C], (0, C))  # two gates only add them up
+        return input_2GI[..., :E].flatten(0, 1), bias_2G.flatten(), weights
