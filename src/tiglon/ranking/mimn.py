@@ -26,9 +26,9 @@ Deviations
 - An entry that stands for n behaviours is one step.
 
 Cost: a step of one user is some forty thousand products (E = 136), most of them x's; with gradients three times as
-much, and 4 KB are kept a step (`memory_steps.py`). For 32 users and 1,000 steps on one thread that is 5 times as fast
-as the same steps as operations of torch, 7 times with gradients, and for one user 70 times; a single behaviour costs
-the same either way, the price of calls. A request costs the same at any length.
+much, and 4 KB are kept a step (`memory_steps.py`). Beside the same steps as operations of torch, one thread, 1,000
+behaviours: for one user 107 times as fast, for 32 6.8 times, with gradients 14; a single behaviour costs the same, the
+price of calls. A request costs the same at any length.
 
 Letters: B users, K candidates, L behaviours, M slots and channels, D width of a slot, C width of a channel,
 E width of a behaviour, R behaviours of all users, G = 3C gates.
