@@ -153,9 +153,8 @@ class ActivationUnit(nn.Module):
         matrix_BEM, vector_B1M = self.of_candidates(target_BKH)
         if self.training or torch.is_grad_enabled():
             return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), mask_BL)
-        some = max(
-            1, 2 * _CELLS // matrix_BEM.shape[2]
-        )  # nothing is kept: some behaviours of a request at a time
+        # Nothing is kept: some behaviours of one request at a time.
+        some = max(1, 2 * _CELLS // matrix_BEM.shape[2])
         weight_BLK = behaviour_BLE.new_empty(*mask_BL.shape, target_BKH.shape[1])
         for e_LE, mask_L, matrix, vector, weight_LK in zip(
             behaviour_BLE, mask_BL, matrix_BEM, vector_B1M, weight_BLK, strict=True

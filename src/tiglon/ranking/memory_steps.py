@@ -39,10 +39,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS, _TILE = (
-    64,
-    32,
-)  # 32 inputs' weights to both GRUs are 24 KiB, the first-level cache; used for 64 behaviours
+# 32 inputs' weights to both GRUs are 24 KiB, the first-level cache; used for 64 behaviours
+_ROWS, _TILE = 64, 32
 _SHARD = 256  # behaviours of one thread: below, starting a second costs more than it saves
 _ZERO, _HALF, _ONE, _TINY = (np.float32(x) for x in (0, 0.5, 1, 1e-12))
 # eˣ = 2ⁿ eᵛ with v = x − n ln 2; ln 2 in two parts, so that nothing is lost when its multiples are taken away.
