@@ -3,7 +3,7 @@
     python benchmarks/mimn_steps.py [--users 32] [--behaviours 1000] [--turns 3] [--threads 1]
 
 The definition is the one that the tests compare with (tests/ranking/test_mimn.py). Random weights, behaviours 136 wide,
-the paper's eight slots; both take turns in one process, the state alone and with gradients; medians of thread time.
+the paper's eight slots; both take turns in one process, the state alone and with gradients; medians of CPU time.
 Their memories are compared; which channel a step updates is a hard choice, and rounding turns one in a few thousand.
 """
 
@@ -57,13 +57,13 @@ def main() -> None:
                 seconds: dict[str, list[float]] = {name: [] for name in ways}
                 for turn in range(given.turns + 1):
                     for name, way in ways.items():
-                        began = time.thread_time()
+                        began = time.process_time()
                         with torch.set_grad_enabled(gradient):
                             state: MemoryState = way(unit.begin(B))
                         if gradient:
                             torch.cat([part.flatten() for part in state]).sum().backward()
                         if turn:  # the first compiles
-                            seconds[name].append(time.thread_time() - began)
+                            seconds[name].append(time.process_time() - began)
                 slow, fast = (statistics.median(times) for times in seconds.values())
                 what = "with gradients" if gradient else "the state alone"
                 print(f"{B} users, {given.behaviours:,} behaviours, {what}: {slow / fast:.1f} times as fast, "

@@ -64,7 +64,7 @@ def test_read_in_parts_or_whole():
     """With gradients all weights are made at once, without them some behaviours at a time."""
     torch.manual_seed(0)
     unit = ActivationUnit(10, 6, (80, 40)).eval()
-    e, v, mask = torch.randn(2, 2_000, 10), torch.randn(2, 3, 6), torch.ones(2, 2_000, dtype=torch.bool)
+    e, v, mask = torch.randn(2, 5_000, 10), torch.randn(2, 3, 6), torch.ones(2, 5_000, dtype=torch.bool)
     whole = unit(e, v, mask)
     with torch.no_grad():
         torch.testing.assert_close(unit(e, v, mask), whole)
@@ -177,6 +177,31 @@ def test_dice_has_the_gradients_of_its_definition(training):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_dice_of_bfloat16_is_that_of_the_same_numbers_in_float32():
+    torch.manual_seed(0)
+    s, real = (torch.randn(4_000, 80) * 2 + 1).bfloat16(), torch.rand(4_000) < 0.8
+    weight = torch.randn(4_000, 80).bfloat16() * real[:, None]
+    found = []
+    for given_s in (s.clone(), s.float()):
+        dice = Dice(80)
+        torch.nn.init.constant_(dice.alpha, 0.3)
+        given_s.requires_grad_()
+        out = dice(given_s, real)
+        assert out.dtype == given_s.dtype
+        of_s, of_alpha = torch.autograd.grad(out, [given_s, dice.alpha], weight.to(out.dtype))
+        found.append((out.float(), of_s.float(), of_alpha, dice.mean, dice.variance))
+    for ours, theirs, tolerance in zip(*found, (0.01, 0.01, 1e-4, 1e-6, 1e-6), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_one_gradient_through_a_batch_without_a_real_row_and_one_with():
+    """Its running mean, which the first reads, moves before the gradient is taken."""
+    dice, s = Dice(3), torch.randn(4, 3, requires_grad=True)
+    nobody, all_four = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    (dice(s, nobody).sum() + dice(s, all_four).sum()).backward()
+    assert s.grad.isfinite().all()
+
+
 def test_statistics_are_never_taken_in_bfloat16():
     torch.manual_seed(0)
     s, real = torch.randn(4, 5, 3), torch.ones(4, 5, dtype=torch.bool)
@@ -219,7 +244,8 @@ def test_the_unit_returns_its_l2_in_training_when_asked():
     behaviours.mask[:, 2:] = False
     behaviours.item[:] = torch.tensor([1, 2, 8, 9])  # the last two pad
     item_count = torch.ones(N + 1)
-    unit = DIN(embed, l2=0.01, item_count=item_count)
+    unit = DIN(embed, l2=0.01)
+    unit.count(embed, item_count)
     used = torch.cat([ITEM.flatten(), behaviours.item[:, :2].flatten()])
     expected = 0.01 * mini_batch_aware_l2(embed, used, code_counts(embed, item_count))
     torch.testing.assert_close(unit(embed, ITEM, behaviours).loss, expected)
@@ -229,11 +255,11 @@ def test_the_unit_returns_its_l2_in_training_when_asked():
 
 def test_bad_settings_are_named():
     embed = embedding()
-    with pytest.raises(ConfigError, match=r"l2=0\.01 without item_count.*divides by how often a row occurs"):
-        DIN(embed, l2=0.01)
+    with pytest.raises(ConfigError, match=r"l2=0\.01 without counts.*divides by how often a row occurs"):
+        DIN(embed, l2=0.01)(embed, ITEM, past(2, 4))
     with pytest.raises(ConfigError, match=r"l2=-1.*0 or above"):
         DIN(embed, l2=-1)
     with pytest.raises(ConfigError, match=r"hidden=\(\).*at least one hidden layer"):
         DIN(embed, hidden=())
     with pytest.raises(DataError, match=r"item_count of shape \(3,\).*13 items, the unknown one last"):
-        DIN(embed, l2=0.01, item_count=torch.ones(3))
+        DIN(embed, l2=0.01).count(embed, torch.ones(3))

@@ -15,7 +15,7 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking import memory_steps
 from tiglon.ranking.memory_steps import project
-from tiglon.ranking.mimn import MIMN, MemoryState, address, usage_share, utilisation_loss, write
+from tiglon.ranking.mimn import MIMN, MemoryState, address, usage_share, utilisation_loss
 from tiglon.types import MISSING, Behaviours
 
 torch.set_num_threads(1)
@@ -60,6 +60,12 @@ def unrolled(unit: MIMN, embed: FeatureEmbedding, state: MemoryState, behaviours
             *(torch.where(at.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, state, strict=True))
         )
     return state
+
+
+def write(memory_BMD, weight_BM, erase_BD, add_BD) -> torch.Tensor:
+    """M ← M ∘ (1 − w eᵀ) + w aᵀ."""
+    weight_BM1 = weight_BM[..., None]
+    return memory_BMD * (1 - weight_BM1 * erase_BD[:, None]) + weight_BM1 * add_BD[:, None]
 
 
 def step(unit: MIMN, state: MemoryState, x_BE: torch.Tensor) -> MemoryState:
@@ -215,6 +221,25 @@ def test_the_curves_are_within_rounding():
         assert np.isnan(found).all()
 
 
+def test_who_did_nothing_keeps_a_state_between_those_who_did():
+    embed = embedding()
+    unit, behaviours = mimn(embed), past(3, 9, seed=4)
+    behaviours.mask[1] = False
+    before = some_state(unit, 3)
+    found, expected = unit.update(embed, before, behaviours), unrolled(unit, embed, before, behaviours)
+    for ours, theirs, old in zip(found, expected, before, strict=True):
+        close(ours, theirs)
+        assert torch.equal(ours[1], old[1])
+
+
+def test_a_state_is_float32_whatever_it_was_stored_as():
+    embed = embedding()
+    unit, nothing = mimn(embed), past(2, 3)
+    stored = MemoryState(*(part.half() for part in some_state(unit, 2)))
+    for behaviours in (past(2, 3), nothing._replace(mask=torch.zeros_like(nothing.mask))):
+        assert {part.dtype for part in unit.update(embed, stored, behaviours)} == {torch.float32}
+
+
 def test_nobody_has_a_state_too():
     embed = embedding()
     unit = mimn(embed)
@@ -258,20 +283,23 @@ def test_a_user_in_a_batch_is_the_user_alone():
 
 
 def test_a_one_hot_write_with_full_erasure_overwrites_that_slot_exactly():
-    torch.manual_seed(0)
-    memory, add = torch.randn(2, 4, 5), torch.randn(2, 5)
-    weight = torch.tensor([[0.0, 0, 1, 0], [1, 0, 0, 0]])
-    found = write(memory, weight, torch.ones(2, 5), add)
-    expected = memory.clone()
-    expected[0, 2], expected[1, 0] = add
-    assert torch.equal(found, expected)
-
-
-def test_a_write_by_its_definition():
-    torch.manual_seed(0)
-    memory, weight, erase, add = torch.randn(4, 5), torch.rand(4), torch.rand(5), torch.randn(5)
-    expected = memory * (1 - torch.outer(weight, erase)) + torch.outer(weight, add)
-    torch.testing.assert_close(write(memory[None], weight[None], erase[None], add[None])[0], expected)
+    embed = embedding()
+    unit, slot, add = mimn(embed), 2, torch.tensor([0.3, -0.7, 2.0, 0.0, -1.5])
+    with torch.no_grad():
+        for layer in (unit.heads, unit.change, unit.transfer):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        unit.start.copy_(torch.eye(4, 5))
+        # Behind key and strength to read stand those to write: the key is (0, 0, 1, 0, 0).
+        unit.heads.bias[6 + slot], unit.heads.bias[11] = 20, 500
+        unit.change.bias[:5], unit.change.bias[5:] = 50, add
+        unit.transfer.bias.copy_(200 * torch.eye(4).flatten())
+    found = unit.update(embed, unit.begin(1), past(1, 1)).memory[0]
+    expected = torch.eye(4, 5)
+    expected[slot] = add.tanh()
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
+    others = [i for i in range(4) if i != slot]
+    assert (found[others] - expected[others]).abs().max() < 1e-37  # e^−87, which is as near as eˣ comes to 0
 
 
 def test_addressing_is_a_softmax_of_cosines():

@@ -14,7 +14,7 @@ from tiglon.data.ranking import BasketConfig, next_basket
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError, LeakageError
 from tiglon.evaluation.ranking import gauc
 from tiglon.ranking.clusters import ClusterConfig, Groups
-from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, measure_task
+from tiglon.ranking.model import LifelongConfig, LifelongRanker, category_of, measure_task, occurrences
 from tiglon.ranking.ranker import RankerConfig
 from tiglon.ranking.units import UNITS, UnitConfig
 from tiglon.train.loop import TrainConfig
@@ -381,13 +381,21 @@ def test_settings_of_one_unit_reach_it(task, unit, setting, of):
     assert [of(ranker.network.long)] == list(setting.values())
 
 
-def test_din_divides_its_l2_by_how_often_an_item_was_had(task):
+@pytest.mark.parametrize("longest", [None, 3])
+def test_din_divides_its_l2_by_how_often_the_samples_hold_an_item(task, longest):
+    expected = np.zeros(len(task.store.items) + 1, np.int64)
+    for batch in task.batches(8, last=longest):
+        for item in (batch.item[~batch.label[..., 0].isnan()], batch.past.item[batch.past.mask]):
+            np.add.at(expected, item.numpy(), 1)
+    assert occurrences(task, longest).tolist() == expected.tolist()
     unit = dataclasses.replace(CONFIG.unit, l2=0.1)
-    ranker = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="din", unit=unit))
-    names = task.features.schema.of("inherent")
-    count = ranker.network.long.counts[[feature.name for feature in names].index("item_id")]
-    codes = ranker.network.embed.item_codes[task.store.item, 0].numpy()
-    assert count.tolist() == np.bincount(codes, minlength=len(count)).tolist()
+    one = dataclasses.replace(CONFIG.train, epochs=1, evaluations=1)
+    config = dataclasses.replace(CONFIG, long="din", unit=unit, longest=longest, train=one)
+    ranker = LifelongRanker.of(task, config).fit(task)
+    f = [feature.name for feature in task.features.schema.of("inherent")].index("item_id")
+    count = torch.zeros_like(ranker.network.long.counts[f])
+    count.index_add_(0, ranker.network.embed.item_codes[:, f], torch.from_numpy(expected).float())
+    assert torch.equal(ranker.network.long.counts[f], count)
 
 
 # -- what it reads -----------------------------------------------------------------------------------------

@@ -43,6 +43,19 @@ def test_memory_is_asked_for_by_the_first_steps_alone_and_given_back_at_the_end(
 
 
 @glibc
+def test_a_training_inside_another_ends_nothing():
+    with kept():
+        with kept():
+            pass
+        for _ in range(5):
+            step()
+        asked = faults()
+        for _ in range(20):
+            step()
+        assert faults() - asked < 64 * MIB / PAGE
+
+
+@glibc
 def test_it_is_given_back_after_an_error_too():
     before = resident()
     with pytest.raises(RuntimeError, match="shape"), kept():

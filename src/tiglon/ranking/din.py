@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.nn.embedding import FeatureEmbedding
@@ -57,7 +58,7 @@ class Dice(nn.Module):
     def forward(self, s: Tensor, real: Tensor) -> Tensor:
         """s: (…, F).   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
         s_RF, weight_R1, n = s.flatten(0, -2), None, 0.0
-        mean, variance = self.mean, self.variance
+        mean, variance = self.mean.clone(), self.variance  # a later step moves the buffer
         with torch.autocast(s.device.type, enabled=False):
             if self.training:
                 weight_R1 = real.expand(s.shape[:-1]).reshape(-1, 1).float()
@@ -104,6 +105,7 @@ class _Dice(torch.autograd.Function):
         return out_RF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         """With x̂ = (s − mean)·scale and g_x̂ = ∂/∂x̂ of p alone, mean and scale take from each real row
         scale/n · (Σ g_x̂ + x̂ Σ g_x̂ x̂), as in batch normalisation."""
@@ -154,7 +156,7 @@ class ActivationUnit(nn.Module):
         if self.training or torch.is_grad_enabled():
             return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), mask_BL)
         # Nothing is kept: some behaviours of one request at a time.
-        some = max(1, 2 * _CELLS // matrix_BEM.shape[2])
+        some = max(1, 2 * _CELLS // max(1, matrix_BEM.shape[2]))
         weight_BLK = behaviour_BLE.new_empty(*mask_BL.shape, target_BKH.shape[1])
         for e_LE, mask_L, matrix, vector, weight_LK in zip(
             behaviour_BLE, mask_BL, matrix_BEM, vector_B1M, weight_BLK, strict=True
@@ -187,7 +189,6 @@ class DIN(nn.Module):
     """Σ_j a(e_j, v) e_j over all behaviours; zeros for an empty history (eq. 3).
 
     l2: λ of the mini-batch-aware L2, returned as `Interest.loss` in training; 0 leaves it out (paper: 0.01).
-    item_count: (N + 1,) how often each item, the unknown one last, occurs in the training samples: n_j.
     """
 
     def __init__(
@@ -196,23 +197,20 @@ class DIN(nn.Module):
         *,
         hidden: tuple[int, ...] = (80, 40),
         l2: float = 0.0,
-        item_count: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ConfigError(f"hidden={hidden}", rule="There is at least one hidden layer, at least 1 wide")
         if l2 < 0:
             raise ConfigError(f"l2={l2}", rule="l2 is 0 or above")
-        if l2 and item_count is None:
-            raise ConfigError(
-                f"l2={l2} without item_count",
-                rule="The mini-batch-aware L2 divides by how often a row occurs",
-                fix="Pass how often each item occurs in the training samples, or l2=0",
-            )
         self.width = embed.inherent_width + embed.cross_count * embed.cross_width  # E
         self.activation = ActivationUnit(self.width, embed.inherent_width, hidden)
         self.l2 = l2
-        self.counts = [] if item_count is None else code_counts(embed, item_count)
+        self.counts: list[Tensor] = []
+
+    def count(self, embed: FeatureEmbedding, item_count: Tensor) -> None:
+        """What l2 needs before training: (N + 1,) how often each item, the unknown one last, occurs in the samples: n_j."""
+        self.counts = code_counts(embed, item_count)
 
     def forward(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest:
         behaviour_BLE = torch.cat([embed.inherent(past.item), embed.cross(past.cross).flatten(-2)], dim=-1)
@@ -223,6 +221,12 @@ class DIN(nn.Module):
         vector_BKE = weight_BLK.mT @ behaviour_BLE
         loss = None
         if self.l2 and self.training:
+            if not self.counts:
+                raise ConfigError(
+                    f"l2={self.l2} without counts",
+                    rule="The mini-batch-aware L2 divides by how often a row occurs",
+                    fix="Call count(embed, how often each item occurs in the training samples), or set l2=0",
+                )
             used = torch.cat([item_BK.flatten(), past.item[past.mask]])
             loss = self.l2 * mini_batch_aware_l2(embed, used, self.counts)
         return Interest(vector_BKE, loss)

@@ -69,12 +69,6 @@ def address(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
     return F.softmax(strength * cosine, dim=-1)
 
 
-def write(memory_BMD: Tensor, weight_BM: Tensor, erase_BD: Tensor, add_BD: Tensor) -> Tensor:
-    """M ← M ∘ (1 − w eᵀ) + w aᵀ."""
-    weight_BM1 = weight_BM[..., None]
-    return memory_BMD * (1 - weight_BM1 * erase_BD[:, None]) + weight_BM1 * add_BD[:, None]
-
-
 def usage_share(usage_BM: Tensor) -> Tensor:
     """How the writes so far were spread over the slots; zeros before the first."""
     return usage_BM / usage_BM.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -149,6 +143,7 @@ class MIMN(nn.Module):
                 f"behaviours of {len(past.mask)} users for a state of {len(state.usage)}",
                 rule="Row b of both is the same user",
             )
+        state = MemoryState(*(part.float() for part in state))
         if not past.mask.any():
             return state
         item_R, cross_RJ = past.item[past.mask], past.cross[past.mask]
@@ -156,7 +151,7 @@ class MIMN(nn.Module):
         with torch.autocast(x_RE.device.type, enabled=False):
             weight_2GE, bias_2G, weights = self._sorted(x_RE.shape[1])
             from_x_R2G = project(x_RE, weight_2GE, bias_2G).unflatten(-1, (2, -1))
-            after = steps(from_x_R2G, past.mask, tuple(part.float() for part in state), weights, self.top)
+            after = steps(from_x_R2G, past.mask, tuple(state), weights, self.top)
         return MemoryState(*after)
 
     def read(self, embed: FeatureEmbedding, state: MemoryState, item_BK: Tensor) -> Tensor:

@@ -38,10 +38,11 @@ from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.clusters import ClusterConfig, Groups
 from tiglon.ranking.crosses import CROSSES
+from tiglon.ranking.din import DIN
 from tiglon.ranking.gates import GATES, TRUNKS
 from tiglon.ranking.ranker import Gate, Interest, Ranker, RankerConfig
 from tiglon.ranking.twin_v2 import TwinV2
-from tiglon.ranking.units import NONE, Known, UnitConfig, make_unit, require_unit
+from tiglon.ranking.units import NONE, UnitConfig, make_unit, require_unit
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.train.multitask import METHODS, Balanced, MultiTask
 from tiglon.types import ItemVectors, RankingBatch
@@ -111,10 +112,8 @@ class LifelongRanker:
         self.features, self.histories, self.tasks = features, histories, tuple(tasks)
         torch.manual_seed(c.train.seed)
         embed = FeatureEmbedding(**features.embedding())
-        N = len(histories.items)
-        counts = np.bincount(histories.item % (N + 1), minlength=N + 1)  # the unknown item is −1
-        data = Known(category_of(features, c.unit.category), torch.from_numpy(counts))
-        long, short = (make_unit(name, embed, c.unit, data) for name in (c.long, c.short))
+        category = category_of(features, c.unit.category)
+        long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
         cross = None if c.cross == NONE else CROSSES[c.cross]
         gate = self._gate if c.gate in GATES else None
         trunk = self._trunk if c.gate in TRUNKS else None
@@ -191,6 +190,9 @@ class LifelongRanker:
         _require_both_classes(task)
         for unit in self._searching():
             unit.use(None, self.network.embed)
+        for unit in (self.network.long, self.network.short):
+            if isinstance(unit, DIN) and unit.l2:
+                unit.count(self.network.embed, torch.from_numpy(occurrences(task, c.longest)))
         sample = None
         if validation is not None and len(validation):
             rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_requests]
@@ -555,6 +557,22 @@ def _require_both_classes(task: RankingTask) -> None:
                 rule="A task has positives and negatives",
                 fix="Leave the task out, or give it requests of a longer time",
             )
+
+
+def occurrences(task: RankingTask, longest: int | None = None) -> np.ndarray:
+    """(N + 1,) how often each item, the unknown one last, stands in the samples of an epoch: as a candidate, and as a
+    behaviour of every request that reads it. Raises DataError for lives that are not a HistoryStore."""
+    store, N = task.store, len(task.store.items)
+    if not isinstance(store, HistoryStore):
+        raise DataError(
+            "occurrences of items in clustered lives", rule="They are counted behaviour by behaviour"
+        )
+    stop = store.offsets[task.user] + store.lengths(task.user, task.time)
+    change = np.zeros(len(store.item) + 1, np.int64)
+    np.add.at(change, stop - store.lengths(task.user, task.time, longest), 1)
+    np.add.at(change, stop, -1)
+    candidates = np.bincount(task.item % (N + 1), minlength=N + 1)  # the unknown item is −1
+    return candidates + np.bincount(store.item % (N + 1), change.cumsum()[:-1], N + 1).astype(np.int64)
 
 
 def category_of(features: FittedFeatures, name: str | None) -> int:

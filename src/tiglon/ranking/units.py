@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.nn.embedding import FeatureEmbedding
@@ -27,7 +25,7 @@ from tiglon.ranking.twin_v2 import TwinV2
 
 @dataclass(frozen=True)
 class UnitConfig:
-    """A unit reads what it knows; the rest is as its paper has it."""
+    """A unit reads what it knows; what is not here is as its paper has it."""
 
     heads: int = 4  # TWIN: 4
     head_width: int = 16
@@ -39,33 +37,28 @@ class UnitConfig:
     slots: int = 8  # MIMN: of its memory, and channels; paper: 4 to 8
 
     def __post_init__(self) -> None:
-        for name in ("heads", "head_width", "width", "chosen", "slots"):
+        for name in ("heads", "head_width", "width", "chosen", "bits", "slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        if self.l2 < 0:
+            raise ConfigError(f"l2={self.l2}", rule="l2 is 0 or above")
 
 
-class Known(NamedTuple):
-    """Of the data.   category: the column of `embed.item_codes` that is it.   item_count: (N + 1,) how often each item,
-    the unknown one last, occurs in the lives."""
-
-    category: int
-    item_count: Tensor
-
-
-MakeUnit = Callable[[FeatureEmbedding, UnitConfig, Known], InterestUnit]
+# embed, settings, the column of `embed.item_codes` that is the category → unit
+MakeUnit = Callable[[FeatureEmbedding, UnitConfig, int], InterestUnit]
 
 UNITS: dict[str, MakeUnit] = {
     "twin": lambda embed, c, _: Twin(embed, k=c.chosen, **_attention(c)),
     "twin_v2": lambda embed, c, _: TwinV2(embed, k=c.chosen, **_attention(c)),
     "dare": lambda embed, c, _: Dare(embed, k=c.chosen),
     "full_attention": lambda embed, c, _: FullAttention(embed, **_attention(c)),
-    "sim_hard": lambda embed, c, data: SimHard(embed, category=data.category, k=c.chosen, **_attention(c)),
+    "sim_hard": lambda embed, c, category: SimHard(embed, category=category, k=c.chosen, **_attention(c)),
     "sim_soft": lambda embed, c, _: SimSoft(embed, k=c.chosen, **_attention(c)),
     "eta": lambda embed, c, _: Eta(embed, k=c.chosen, bits=c.bits, **_attention(c)),
     "sdim": lambda embed, c, _: Sdim(embed),
-    "din": lambda embed, c, data: DIN(embed, l2=c.l2, item_count=data.item_count),
+    "din": lambda embed, c, _: DIN(embed, l2=c.l2),
     "dien": lambda embed, c, _: DIEN(embed),
-    "can": lambda embed, c, data: CAN(embed, feature=data.category),
+    "can": lambda embed, c, category: CAN(embed, feature=category),
     "bst": lambda embed, c, _: BST(embed, width=c.width),
     "mimn": lambda embed, c, _: MIMN(embed, slots=c.slots),
     "mean_pooling": lambda embed, c, _: MeanPooling(embed),
@@ -82,9 +75,9 @@ def require_unit(name: str) -> str:
     return name
 
 
-def make_unit(name: str, embed: FeatureEmbedding, config: UnitConfig, data: Known) -> InterestUnit | None:
+def make_unit(name: str, embed: FeatureEmbedding, config: UnitConfig, category: int) -> InterestUnit | None:
     """A unit with fresh weights; None for "none"."""
-    return None if require_unit(name) == NONE else UNITS[name](embed, config, data)
+    return None if require_unit(name) == NONE else UNITS[name](embed, config, category)
 
 
 def _attention(c: UnitConfig) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Live:
     def _swap(self, folder: Path) -> None:
         self._compact()
         engine, place = self._load(folder)
-        engine.recommend(RecommendRequest.model_validate({"history": [], "k": 1, "request_id": "warm"}))
+        lived = engine.bundle.items.vocabulary.raw.slice(0, 1).to_pylist()  # a life, so that all is compiled
+        engine.recommend(RecommendRequest.model_validate({"history": lived, "k": 1, "request_id": "warm"}))
         with self._lock:
             engine, place = self._caught_up(engine, place, folder)
             self.trouble = ""  # before the bundle that ends it can be seen
