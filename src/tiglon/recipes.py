@@ -197,7 +197,7 @@ def _others(events: int, items: int) -> dict[str, Any]:
         "mind": MindConfig(width=64, hidden=256, train=training),
         "comirec": ComiRecConfig(width=64, train=training),
         "eager": EagerConfig(
-            CausalConfig(width=64, heads=2, hidden=256, encoder_layers=1, decoder_layers=1, pairs=0),
+            CausalConfig(width=64, heads=2, hidden=256, encoder_layers=1, decoder_layers=1, pairs=50_000),
             replace(training, lr=2e-3),
             branches=64,
         ),

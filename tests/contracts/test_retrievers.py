@@ -36,7 +36,7 @@ def random_ids(items: Items) -> SemanticIds:
 
 
 def eager(log: Interactions, items: Items) -> Eager:
-    config = EagerConfig(replace(TINY.model, pairs=0), TINY.train, branches=8)
+    config = EagerConfig(TINY.model, TINY.train, branches=8)
     rows = np.random.default_rng(0).normal(size=(2, len(items), 6)).astype(np.float32)
     vectors = {"behaviour": rows[0], "semantic": rows[1]}
     return Eager(eager_ids(vectors, items.vocabulary, config), items.vocabulary, config, vectors).fit(log)

@@ -33,7 +33,7 @@ MODEL = CausalConfig(
     width=16, heads=2, head_width=8, hidden=32, encoder_layers=1, decoder_layers=2, distances=8, pairs=0
 )
 FAST = TrainConfig(epochs=2, lr=5e-3, evaluations=2, average=0.9, bfloat16=False)
-TINY = EagerConfig(MODEL, FAST, branches=6, window=10, batch_targets=64, beams=N)
+TINY = EagerConfig(MODEL, FAST, branches=6, window=10, batch_targets=64, beams=N, task_share=1.0)
 LIVES = [
     [(3, 0), (1, 1), (4, 2), (1, 3), (5, 4)],
     [(9, 0), (2, 0), (6, 1), (5, 2), (3, 2), (8, 3)],

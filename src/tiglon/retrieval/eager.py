@@ -29,6 +29,10 @@ Deviations:
   negatives, and sees no other;
 - frozen vectors are centred and scaled to entries of about unit size, or smooth L1 would be next to nothing;
 - L_recon is a softmax over all codes of a level, not over drawn ones;
+- the first two codes are chosen together where there are at most 50,000 such pairs. Up to 65,536 items have two codes, so
+  that the decoder then chooses among all items at once: with 256 means to choose from first it learned less
+  in the same time (docs/log.md);
+- both tasks learn from a quarter of each step's rows, drawn anew: they cost as much as all else;
 - fewer and wider layers (`EagerConfig`), sized for a CPU.
 
 Letters: B users, L history, N items, C width of item vectors, T targets, S code positions, V codes a position,
@@ -82,8 +86,8 @@ ALIKE = 5  # items whose mean behaviour a new item is given
 
 @dataclass(frozen=True)
 class EagerConfig:
-    model: CausalConfig = field(  # paper: 1 encoder layer, 4 decoder layers a stream
-        default_factory=lambda: CausalConfig(encoder_layers=1, decoder_layers=1, pairs=0)
+    model: CausalConfig = field(  # paper: 1 encoder layer, 4 decoder layers a stream, codes one by one
+        default_factory=lambda: CausalConfig(encoder_layers=1, decoder_layers=1, pairs=50_000)
     )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=6, evaluations=4))
     streams: tuple[str, ...] = (BEHAVIOUR, SEMANTIC)  # or one of them alone
@@ -91,7 +95,7 @@ class EagerConfig:
     contrast: float = 1.0  # λ1 of GCT, paper: 1; 0 switches it off
     contrast_loss: Literal["smooth-l1", "info-nce"] = "smooth-l1"  # the paper's; the released code's
     transfer: float = 1.0  # λ2 of SGT, paper: 1; 0 switches it off; there is none with one stream
-    task_share: float = 1.0  # of a step's rows, from which both tasks learn; paper: all
+    task_share: float = 0.25  # of a step's rows, from which both tasks learn; paper: all
     ranking: Literal["own", "both"] = "both"  # log-probability by an item's own stream (paper: "own"; an item
     # of both beams has the larger one), or by both streams, added (the released code)
     window: int = 50  # most recent events read; paper: 20
