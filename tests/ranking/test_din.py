@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiglon.errors import ConfigError, DataError
+from tiglon.nn.dice import Dice
 from tiglon.nn.embedding import FeatureEmbedding
-from tiglon.ranking.din import DIN, ActivationUnit, Dice, code_counts, mini_batch_aware_l2
+from tiglon.ranking.din import DIN, ActivationUnit, code_counts, mini_batch_aware_l2
 from tiglon.types import Behaviours
 
 torch.set_num_threads(1)

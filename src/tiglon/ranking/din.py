@@ -26,116 +26,18 @@ F hidden width, N items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tiglon.errors import ConfigError, DataError
+from tiglon.nn.dice import Dice
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.ranker import Interest
 from tiglon.types import Behaviours
 
-
-class Dice(nn.Module):
-    """f(s) = p s + (1 − p) α s with p = σ((s − E[s]) / √(Var[s] + ε)), each of F channels apart (eq. 9).
-
-    Trained with the mean and variance of the batch's real rows, read with their running means.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, width: int, *, momentum: float = 0.1, eps: float = 1e-8) -> None:
-        super().__init__()
-        self.momentum, self.eps = momentum, eps  # ε: paper 1e-8
-        self.alpha = nn.Parameter(torch.zeros(width))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-
-    def forward(self, s: Tensor, real: Tensor) -> Tensor:
-        """s: (…, F).   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
-        s_RF, weight_R1, n = s.flatten(0, -2), None, 0.0
-        mean, variance = self.mean.clone(), self.variance  # a later step moves the buffer
-        with torch.autocast(s.device.type, enabled=False):
-            if self.training:
-                weight_R1 = real.expand(s.shape[:-1]).reshape(-1, 1).float()
-                n = weight_R1.sum().item()
-            if n:
-                assert weight_R1 is not None
-                with torch.no_grad():
-                    mean, variance = _moments(s_RF, weight_R1, n)
-                    self.mean.lerp_(mean, self.momentum)
-                    self.variance.lerp_(variance, self.momentum)
-            scale = (variance + self.eps).rsqrt()
-            return _Dice.apply(s_RF, self.alpha, mean, scale, weight_R1, n).view(s.shape)
-
-
-def _moments(s_RF: Tensor, weight_R1: Tensor, n: float) -> tuple[Tensor, Tensor]:
-    """Mean and variance (F,) over the n real rows."""
-    mean = torch.zeros(s_RF.shape[1])
-    variance = torch.zeros_like(mean)
-    for s, w in _blocks(s_RF, weight_R1):
-        mean += (w.mT @ s.float())[0]
-    mean /= n
-    for s, w in _blocks(s_RF, weight_R1):
-        variance += (w.mT @ (s - mean).square_())[0]
-    return mean, variance / n
-
-
-class _Dice(torch.autograd.Function):
-    """f by rows that a core's cache holds, keeping s alone for its gradient; computed in float32, given as s is.
-
-    n: real rows that mean and scale = 1/√(Var + ε) were taken of, through which the gradient then flows;
-    0 where they are constants.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, s_RF: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, weight_R1: Tensor | None, n: float
-    ) -> Tensor:
-        ctx.save_for_backward(s_RF, alpha, mean, scale, weight_R1)
-        ctx.n = n
-        out_RF = torch.empty_like(s_RF)
-        for s, out in _blocks(s_RF, out_RF):
-            p = torch.addcmul(-mean * scale, s, scale).sigmoid_()
-            out[:] = torch.addcmul(alpha, 1 - alpha, p).mul_(s)
-        return out_RF
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        """With x̂ = (s − mean)·scale and g_x̂ = ∂/∂x̂ of p alone, mean and scale take from each real row
-        scale/n · (Σ g_x̂ + x̂ Σ g_x̂ x̂), as in batch normalisation."""
-        s_RF, alpha, mean, scale, weight_R1 = ctx.saved_tensors
-        of_s_RF = torch.empty_like(s_RF)
-        of_alpha, of_x, of_xx = torch.zeros_like(alpha), torch.zeros_like(alpha), torch.zeros_like(alpha)
-        for g, s, of_s in _blocks(given[0], s_RF, of_s_RF):
-            g, s = g.float(), s.float()
-            x = torch.addcmul(-mean * scale, s, scale)
-            p = x.sigmoid()
-            gs = g * s
-            of_alpha += gs.sum(dim=0) - (gs * p).sum(dim=0)
-            of_p = gs.mul_(1 - alpha).mul_(torch.addcmul(p, p, p, value=-1))
-            of_x += of_p.sum(dim=0)
-            of_xx += x.mul_(of_p).sum(dim=0)
-            of_s[:] = torch.addcmul(alpha, 1 - alpha, p).mul_(g).addcmul_(of_p, scale)
-        if ctx.n:
-            slope = -(scale**2) * of_xx / ctx.n
-            level = -scale * of_x / ctx.n - slope * mean
-            for s, w, of_s in _blocks(s_RF, weight_R1, of_s_RF):
-                of_s += torch.addcmul(level, s, slope).mul_(w)
-        return of_s_RF, of_alpha, None, None, None, None
-
-
-def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each at a time, few enough that passes over them stay in a core's cache."""
-    return zip(*(part.split(max(1, _CELLS // rows[0].shape[1])) for part in rows), strict=True)
-
-
-_CELLS = 1 << 18  # floats
+_CELLS = 1 << 19  # numbers between two layers that are held where nothing is kept: 2 MiB, a core's caches
 
 
 class ActivationUnit(nn.Module):
@@ -156,7 +58,7 @@ class ActivationUnit(nn.Module):
         if self.training or torch.is_grad_enabled():
             return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), mask_BL)
         # Nothing is kept: some behaviours of one request at a time.
-        some = max(1, 2 * _CELLS // max(1, matrix_BEM.shape[2]))
+        some = max(1, _CELLS // max(1, matrix_BEM.shape[2]))
         weight_BLK = behaviour_BLE.new_empty(*mask_BL.shape, target_BKH.shape[1])
         for e_LE, mask_L, matrix, vector, weight_LK in zip(
             behaviour_BLE, mask_BL, matrix_BEM, vector_B1M, weight_BLK, strict=True

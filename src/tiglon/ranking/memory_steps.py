@@ -15,9 +15,6 @@ a thousand; the gradients of the weights are products over all steps, made after
 run along one user's life at a time. Users are divided between as many threads as torch has, and nobody's
 state depends on that.
 
-eˣ is a polynomial times a power of two, which a processor computes for many numbers at once, and tanh and σ are
-quotients of it: all three are within 3e-7 of the true value, tanh and σ in absolute terms.
-
 Letters: B users, R behaviours of all users, one user's after the other's, in order of time, M slots and channels, D width
 of a slot, C width of a channel, G = 3C for the gates reset, update, new, as torch orders them, E width of a behaviour,
 T channels that are updated, Q = 1 + T GRU cells a step: the controller's, then the channels', A for k and β to
@@ -26,28 +23,20 @@ read, k and β to write, e, a, and any number that are not used.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tiglon.nn.loops import ONE, ZERO, divide, exp, sigmoid, tanh
 
 # 32 inputs' weights to both GRUs are 24 KiB, the first-level cache; used for 64 behaviours
 _ROWS, _TILE = 64, 32
 _SHARD = 256  # behaviours of one thread: below, starting a second costs more than it saves
-_ZERO, _HALF, _ONE, _TINY = (np.float32(x) for x in (0, 0.5, 1, 1e-12))
-# eˣ = 2ⁿ eᵛ with v = x − n ln 2; ln 2 in two parts, so that nothing is lost when its multiples are taken away.
-_LEAST, _LOG2_E = np.float32(-87), np.float32(1 / np.log(2))
-_LN2_HIGH = np.float32(np.round(np.log(2) * 1024) / 1024)
-_LN2_LOW = np.float32(np.log(2) - np.float64(_LN2_HIGH))
-_TAYLOR = tuple(np.float32(1 / math.factorial(k)) for k in range(2, 8))  # of eᵛ: |v| ≤ ½ ln 2 leaves 6e-9
+_TINY = np.float32(1e-12)
 
 
 class Weights(NamedTuple):
@@ -123,7 +112,9 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(x_RE, weight_GE)
         out_RG = torch.empty(len(x_RE), len(bias_G))
         x, weight, bias, out = (_array(part) for part in (x_RE, weight_GE.T, bias_G, out_RG))
-        _divide(len(x), len(x), lambda low, high, _: _project(x[low:high], weight, bias, out[low:high]))
+        divide(
+            len(x), len(x) // _SHARD, lambda low, high, _: _project(x[low:high], weight, bias, out[low:high])
+        )
         return out_RG
 
     @staticmethod
@@ -171,7 +162,7 @@ class _Steps(torch.autograd.Function):
             users = _users(state, low, high)
             _forward(first_B[low : high + 1], from_x, users, W, K, -1 if keep else part)
 
-        _divide(B, R, job)
+        divide(B, R // _SHARD, job)
         if keep:
             ctx.save_for_backward(*weights, *kept)
         ctx.first_B = first_B
@@ -194,7 +185,7 @@ class _Steps(torch.autograd.Function):
         def job(low: int, high: int, part: int) -> None:
             _backward(ctx.first_B[low : high + 1], _users(of_state, low, high), W, K, G)
 
-        _divide(len(of_state[0]), R, job)
+        divide(len(of_state[0]), R // _SHARD, job)
         with torch.autocast(given[0].device.type, enabled=False):
             return None, None, None, _of_x(delta.input), *of_state, *_of_weights(kept, delta)
 
@@ -235,17 +226,6 @@ def _array(x: Tensor) -> np.ndarray:
 def _users(state: tuple[Tensor, ...], low: int, high: int) -> tuple[np.ndarray, ...]:
     """Some users' rows of a state, which is contiguous: what is written there is written to it."""
     return tuple(part[low:high].numpy() for part in state)
-
-
-def _divide(n: int, rows: int, job: Callable[[int, int, int], None]) -> None:
-    """job(low, high, number of the part) for parts of range(n), as many at once as torch has threads."""
-    parts = max(1, min(torch.get_num_threads(), n, rows // _SHARD))
-    if parts == 1:
-        job(0, n, 0)
-        return
-    cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(job, cuts[:-1], cuts[1:], range(parts)))
 
 
 # Every step runs the same compiled code on arrays of the same sizes, so sums may be taken in any order that the
@@ -305,50 +285,6 @@ def _project(x_RE: np.ndarray, weight_EG: np.ndarray, bias_G: np.ndarray, out_RG
                 _add_product(x_RE[r, e : e + _TILE], weight_EG[e : e + _TILE], out_RG[r])
 
 
-@intrinsic
-def _float_of_bits(context: Any, bits: Any) -> Any:
-    """The float32 whose bits are those of an int32."""
-
-    def bitcast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), bitcast
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _power(x: np.float32) -> np.float32:
-    """eˣ for x ≤ 0, without a branch, so that loops over it run on whole vectors."""
-    v = _LEAST if x < _LEAST else x
-    n = np.floor(v * _LOG2_E + _HALF)
-    v = v - n * _LN2_HIGH - n * _LN2_LOW
-    p = _TAYLOR[2] + v * (_TAYLOR[3] + v * (_TAYLOR[4] + v * _TAYLOR[5]))
-    p = _ONE + v * (_ONE + v * (_TAYLOR[0] + v * (_TAYLOR[1] + v * p)))
-    return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))  # type: ignore[call-arg]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _exp(x: np.ndarray) -> None:
-    """x ← eˣ for x ≤ 0."""
-    for i in range(len(x)):
-        x[i] = _power(x[i])
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _tanh(x: np.ndarray) -> None:
-    """x ← tanh(x) = ± (1 − e^−2|x|) / (1 + e^−2|x|)."""
-    for i in range(len(x)):
-        power = _power(np.float32(-2) * abs(x[i]))
-        x[i] = np.copysign((_ONE - power) / (_ONE + power), x[i])
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _sigmoid(x: np.ndarray) -> None:
-    """x ← σ(x): 1 / (1 + e^−|x|), or what is left of one for x < 0."""
-    for i in range(len(x)):
-        power = _power(-abs(x[i]))
-        x[i] = (_ONE if x[i] >= _ZERO else power) / (_ONE + power)
-
-
 @njit(nogil=True, cache=True, error_model="numpy")
 def _softmax(x: np.ndarray, M: int) -> None:
     """Of every M numbers."""
@@ -358,9 +294,9 @@ def _softmax(x: np.ndarray, M: int) -> None:
             most = max(most, x[i])
         for i in range(start, start + M):
             x[i] -= most
-    _exp(x)
+    exp(x)
     for start in range(0, len(x), M):
-        total = _ZERO
+        total = ZERO
         for i in range(start, start + M):
             total += x[i]
         for i in range(start, start + M):
@@ -369,7 +305,7 @@ def _softmax(x: np.ndarray, M: int) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def _dot(x: np.ndarray, y: np.ndarray) -> np.float32:
-    total = _ZERO
+    total = ZERO
     for i in range(len(x)):
         total += x[i] * y[i]
     return total
@@ -395,12 +331,12 @@ def _cell(
     for c in range(C):  # what the input gives to "new" waits behind the gates
         gate[G + c], new[c] = new[c], bias_C[c]
     _add_product(before_C, hidden_CG, gates)
-    _sigmoid(both)
+    sigmoid(both)
     for c in range(C):
         of_state = new[c]
         new[c] = gate[G + c] + both[c] * of_state
         gate[G + c] = of_state
-    _tanh(new)
+    tanh(new)
     for c in range(C):
         after_C[c] = new[c] + both[C + c] * (before_C[c] - new[c])
 
@@ -419,10 +355,10 @@ def _cell_back(
     reset, update, new, of_state = gate[:C], gate[C : 2 * C], gate[2 * C : 3 * C], gate[3 * C :]
     of_reset, of_update, of_new = delta_G[:C], delta_G[C : 2 * C], delta_G[2 * C :]
     for c in range(C):
-        of_new[c] = of_C[c] * (_ONE - update[c]) * (_ONE - new[c] * new[c])
-        of_update[c] = of_C[c] * (before_C[c] - new[c]) * update[c] * (_ONE - update[c])
+        of_new[c] = of_C[c] * (ONE - update[c]) * (ONE - new[c] * new[c])
+        of_update[c] = of_C[c] * (before_C[c] - new[c]) * update[c] * (ONE - update[c])
     for c in range(C):
-        of_reset[c] = of_new[c] * of_state[c] * reset[c] * (_ONE - reset[c])
+        of_reset[c] = of_new[c] * of_state[c] * reset[c] * (ONE - reset[c])
         delta_new_C[c] = of_new[c] * reset[c]
     for c in range(C):
         of_C[c] *= update[c]
@@ -462,11 +398,11 @@ def _forward(
             _add_product(controller, W.act, act)
             for q in range(2):
                 s = act[q * (D + 1) + D]
-                strength[q] = _ONE + max(s, _ZERO) + np.log1p(np.exp(-abs(s)))
+                strength[q] = ONE + max(s, ZERO) + np.log1p(np.exp(-abs(s)))
             erase, add = act[2 * D + 2 : 3 * D + 2], act[3 * D + 2 : 4 * D + 2]
-            _tanh(act[: 2 * D + 2])  # both keys; between them stands what made β
-            _sigmoid(erase)
-            _tanh(add)
+            tanh(act[: 2 * D + 2])  # both keys; between them stands what made β
+            sigmoid(erase)
+            tanh(add)
 
             for i in range(M):
                 size[i] = max(np.sqrt(_dot(old[i], old[i])), _TINY)
@@ -484,17 +420,17 @@ def _forward(
             read_weight, write_weight = kept.weight[at, :M], kept.weight[at, M:]
 
             share, P, balanced = kept.share[at], kept.transfer[at], kept.balanced[at]
-            total = _ZERO
+            total = ZERO
             for i in range(M):
                 total += usage[i]
             kept.total[at] = total
-            n = max(total, _ONE)
+            n = max(total, ONE)
             for i in range(M):
                 share[i] = usage[i] / n
             _copy(W.transfer_bias, P)
             _add_product(share, W.transfer, P)
             _softmax(P, M)
-            _fill(balanced, _ZERO)
+            _fill(balanced, ZERO)
             for i in range(M):
                 for j in range(M):
                     balanced[j] += write_weight[i] * P[i * M + j]
@@ -506,13 +442,13 @@ def _forward(
                 _copy(channels[i], kept.before[at, 1 + t])
                 _cell(from_x_R2G[r, 1], old[i], kept.before[at, 1 + t], W.input[1], W.hidden[1], W.bias[1], kept.gate[at, 1 + t], channels[i])  # fmt: skip
 
-            _fill(last_read, _ZERO)
+            _fill(last_read, ZERO)
             _add_product(read_weight, old, last_read)
             for i in range(M):
                 w, slot, before = balanced[i], memory[i], old[i]
                 usage[i] += w
                 for d in range(D):
-                    slot[d] = before[d] * (_ONE - w * erase[d]) + w * add[d]
+                    slot[d] = before[d] * (ONE - w * erase[d]) + w * add[d]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -550,7 +486,7 @@ def _backward(
             erase, add, strength = act[2 * D + 2 : 3 * D + 2], act[3 * D + 2 : 4 * D + 2], kept.strength[r]
 
             of_erase, of_add = of_act[2 * D + 2 : 3 * D + 2], of_act[3 * D + 2 : 4 * D + 2]
-            _fill(of_act, _ZERO)
+            _fill(of_act, ZERO)
             for i in range(M):
                 w, slot, of_slot = kept.balanced[r, i], memory[i], of_memory[i]
                 for d in range(D):
@@ -561,10 +497,10 @@ def _backward(
                     total += of_slot[d] * (add[d] - slot[d] * erase[d])
                 of_balanced[i] = total
                 for d in range(D):
-                    of_slot[d] *= _ONE - w * erase[d]
+                    of_slot[d] *= ONE - w * erase[d]
             for d in range(D):
-                of_add[d] *= _ONE - add[d] * add[d]
-                of_erase[d] *= erase[d] * (_ONE - erase[d])
+                of_add[d] *= ONE - add[d] * add[d]
+                of_erase[d] *= erase[d] * (ONE - erase[d])
 
             for t in range(T):
                 _cell_back(of_channels[kept.channel[r, t]], kept.before[r, 1 + t], kept.gate[r, 1 + t], W.hidden[1], delta.input[r, 1 + t], delta.new[r, 1 + t])  # fmt: skip
@@ -580,10 +516,10 @@ def _backward(
                 of_weight[1, i] = mean
                 for j in range(M):
                     of_transfer[i * M + j] = P[j] * write_weight[i] * (of_balanced[j] - mean)
-            _fill(of_share, _ZERO)
+            _fill(of_share, ZERO)
             _add_product(of_transfer, W.transfer, of_share)
-            total, n = kept.total[r], max(kept.total[r], _ONE)
-            level = _dot(of_share, kept.share[r]) if total >= _ONE else _ZERO
+            total, n = kept.total[r], max(kept.total[r], ONE)
+            level = _dot(of_share, kept.share[r]) if total >= ONE else ZERO
             for i in range(M):
                 of_usage[i] += (of_share[i] - level) / n
 
@@ -591,7 +527,7 @@ def _backward(
                 key, of_key = act[q * (D + 1) : q * (D + 1) + D], of_act[q * (D + 1) : q * (D + 1) + D]
                 weight, cosine, length = kept.weight[r, q * M : (q + 1) * M], kept.cosine[r, q], size[M + q]
                 mean = _dot(weight, of_weight[q])
-                along = of_strength = _ZERO
+                along = of_strength = ZERO
                 for i in range(M):
                     of_logit = weight[i] * (of_weight[q, i] - mean)
                     of_strength += of_logit * cosine[i]
@@ -599,16 +535,16 @@ def _backward(
                     back = strength[q] * of_logit * cosine[i]
                     along += back
                     slot, of_slot, across = memory[i], of_memory[i], of_cosine[i]
-                    back = back / (size[i] * size[i]) if size[i] > _TINY else _ZERO
+                    back = back / (size[i] * size[i]) if size[i] > _TINY else ZERO
                     for d in range(D):
                         of_slot[d] += across * key[d] - back * slot[d]
                 _add_product(of_cosine, memory, of_key)
-                along = along / (length * length) if length > _TINY else _ZERO
+                along = along / (length * length) if length > _TINY else ZERO
                 for d in range(D):
-                    of_key[d] = (of_key[d] - along * key[d]) * (_ONE - key[d] * key[d])
-                of_act[q * (D + 1) + D] = -np.expm1(_ONE - strength[q]) * of_strength
+                    of_key[d] = (of_key[d] - along * key[d]) * (ONE - key[d] * key[d])
+                of_act[q * (D + 1) + D] = -np.expm1(ONE - strength[q]) * of_strength
 
             _add_product(of_act, W.act, of_controller)
             _cell_back(of_controller, kept.before[r, 0], kept.gate[r, 0], W.hidden[0], delta.input[r, 0], delta.new[r, 0])  # fmt: skip
-            _fill(of_last_read, _ZERO)
+            _fill(of_last_read, ZERO)
             _add_product(delta.input[r, 0], W.input[0], of_last_read)

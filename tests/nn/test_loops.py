@@ -1,0 +1,39 @@
+"""Curves of compiled loops are the true ones, and rows are divided whole."""
+
+import numpy as np
+import torch
+
+from tiglon.nn import loops
+
+
+def test_the_curves_are_within_rounding():
+    x = np.append(np.linspace(-30, 30, 100_001), [0, 1e-30, -1e-6, 1e4, -1e4, np.inf, -np.inf]).astype(
+        np.float32
+    )
+    exact = torch.from_numpy(x).double()
+    of_tanh, of_sigmoid, of_exp = x.copy(), x.copy(), -np.abs(x)
+    loops.tanh(of_tanh)
+    loops.sigmoid(of_sigmoid)
+    loops.exp(of_exp)
+    assert np.abs(of_tanh - exact.tanh().numpy()).max() < 3e-7
+    assert np.abs(of_sigmoid - exact.sigmoid().numpy()).max() < 3e-7
+    np.testing.assert_allclose(of_exp, (-exact.abs()).clamp(min=-87).exp().numpy(), rtol=3e-7)
+    missing = np.full(3, np.nan, np.float32)
+    for curve in (loops.sigmoid, loops.exp):
+        found = missing.copy()
+        curve(found)
+        assert np.isnan(found).all()
+
+
+def test_every_row_is_in_one_part():
+    threads = torch.get_num_threads()
+    try:
+        for most in (1, 2):
+            torch.set_num_threads(most)
+            for n, parts in ((0, 4), (1, 4), (7, 0), (7, 2), (100, 9)):
+                done = []
+                loops.divide(n, parts, lambda low, high, part, done=done: done.append((part, low, high)))
+                assert [i for _, low, high in sorted(done) for i in range(low, high)] == list(range(n))
+                assert len(done) <= most
+    finally:
+        torch.set_num_threads(threads)
