@@ -86,8 +86,8 @@ class _Dice(torch.autograd.Function):
         ctx.save_for_backward(s_RF, alpha, mean, scale, real_R)
         out_RF = torch.empty_like(s_RF, memory_format=torch.contiguous_format)
         s, out = _array(s_RF), _array(out_RF)
-        of_channels = _tiled(alpha, scale, -mean * scale)
-        _by_blocks(s, lambda low, high: _forward(s, *of_channels, _rows(s), low, high, out))
+        alphas, scales, shifts = _tiled(alpha), _tiled(scale), _tiled(-mean * scale)
+        _by_blocks(s, lambda low, high: _forward(s, alphas, scales, shifts, _rows(s), low, high, out))
         return out_RF
 
     @staticmethod
@@ -100,8 +100,10 @@ class _Dice(torch.autograd.Function):
         g, s, of_s = _array(given[0]), _array(s_RF), _array(of_s_RF)
         rows = _rows(s)
         sums_b3F = np.zeros((-(-len(s) // rows), 3, s.shape[1]), np.float32)
-        of_channels = _tiled(alpha, scale, -mean * scale)
-        _by_blocks(s, lambda low, high: _backward(g, s, *of_channels, rows, low, high, of_s, sums_b3F))
+        alphas, scales, shifts = _tiled(alpha), _tiled(scale), _tiled(-mean * scale)
+        _by_blocks(
+            s, lambda low, high: _backward(g, s, alphas, scales, shifts, rows, low, high, of_s, sums_b3F)
+        )
         of_alpha, of_x, of_xx = torch.from_numpy(sums_b3F.sum(axis=0, dtype=np.float64)).float()
         if real_R is not None:
             n = int(real_R.sum())
@@ -123,9 +125,9 @@ def _tile(F: int) -> int:
     return 64 // math.gcd(F, 64)
 
 
-def _tiled(*of_channels: Tensor) -> tuple[np.ndarray, ...]:
-    """What each channel has, (F,), for each number of a tile."""
-    return tuple(np.tile(_array(x), _tile(len(x))) for x in of_channels)
+def _tiled(x_F: Tensor) -> np.ndarray:
+    """What each channel has for each number of a tile."""
+    return np.tile(_array(x_F), _tile(len(x_F)))
 
 
 def _rows(s_RF: np.ndarray) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,24 +38,17 @@ def divide(n: int, parts: int, job: Callable[[int, int, int], None]) -> None:
         list(pool.map(job, cuts[:-1], cuts[1:], range(parts)))
 
 
-@intrinsic
-def float_of_bits(context: Any, bits: Any) -> Any:
-    """The float32 whose bits are those of an int32."""
+def _bitcast(of: Any, to: Any, llvm: ir.Type) -> Callable[[Any], Any]:
+    """The same bits as another type."""
 
-    def bitcast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+    def same_bits(context: Any, x: Any) -> Any:
+        return to(of), lambda context, builder, signature, given: builder.bitcast(given[0], llvm)
 
-    return types.float32(types.int32), bitcast
+    return cast(Callable[[Any], Any], intrinsic(same_bits))
 
 
-@intrinsic
-def bits_of_float(context: Any, x: Any) -> Any:
-    """The int32 whose bits are those of a float32."""
-
-    def bitcast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), bitcast
+float_of_bits = _bitcast(types.int32, types.float32, ir.FloatType())
+bits_of_float = _bitcast(types.float32, types.int32, ir.IntType(32))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -66,7 +59,7 @@ def power(x: np.float32) -> np.float32:
     v = v - n * _LN2_HIGH - n * _LN2_LOW
     p = _TAYLOR[2] + v * (_TAYLOR[3] + v * (_TAYLOR[4] + v * _TAYLOR[5]))
     p = ONE + v * (ONE + v * (_TAYLOR[0] + v * (_TAYLOR[1] + v * p)))
-    return p * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))  # type: ignore[call-arg]
+    return p * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
