@@ -178,6 +178,22 @@ def test_dice_has_the_gradients_of_its_definition(training):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_dice_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    s, real = torch.randn(60_000, 40), torch.rand(60_000) < 0.9  # enough for two threads
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            dice, given_s = Dice(40), s.clone().requires_grad_()
+            torch.nn.init.constant_(dice.alpha, 0.3)
+            out = dice(given_s, real)
+            found.append([out, dice.mean, dice.variance, *torch.autograd.grad(out, [given_s, dice.alpha], s)])
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, *found))
+
+
 def test_dice_of_bfloat16_is_that_of_the_same_numbers_in_float32():
     torch.manual_seed(0)
     s, real = (torch.randn(4_000, 80) * 2 + 1).bfloat16(), torch.rand(4_000) < 0.8

@@ -34,8 +34,10 @@ def divide(n: int, parts: int, job: Callable[[int, int, int], None]) -> None:
         job(0, n, 0)
         return
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(job, cuts[:-1], cuts[1:], range(parts)))
+    with ThreadPoolExecutor(parts - 1) as pool:
+        others = pool.map(job, cuts[1:-1], cuts[2:], range(1, parts))
+        job(cuts[0], cuts[1], 0)
+        list(others)
 
 
 def _bitcast(of: Any, to: Any, llvm: ir.Type) -> Callable[[Any], Any]:
