@@ -6,7 +6,6 @@ Shown on ComiRec (SA), which has every shared part; the contract test asks all o
 import dataclasses
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -121,9 +120,21 @@ def test_denied_items_are_left_out():
 
 
 def test_faiss_may_take_the_place_of_the_index():
-    made, other = make(), make()
-    other.index = partial(FaissIndex, factory="Flat")
+    made, other = make(), make(index="Flat")
     np.testing.assert_array_equal(made.retrieve(HISTORIES, 5).item, other.retrieve(HISTORIES, 5).item)
+
+
+def test_the_index_is_saved_with_it(tmp_path):
+    made = make(index="HNSW8")
+    made.save(tmp_path / "dense")
+    loaded = type(made).load(tmp_path / "dense")
+    assert isinstance(loaded._ready()[2], FaissIndex)
+    np.testing.assert_array_equal(made.retrieve(HISTORIES, 5).item, loaded.retrieve(HISTORIES, 5).item)
+
+
+def test_an_index_that_faiss_does_not_know():
+    with pytest.raises(ConfigError, match=r"'HNSW-32'.*index_factory.*HNSW32"):
+        make(index="HNSW-32")
 
 
 @pytest.mark.parametrize("drawn", [{}, {"whole": 0, "negatives": 64}], ids=["whole", "drawn"])

@@ -24,7 +24,7 @@ from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
-from tiglon.retrieval.index import ExactIndex, Index, merge, most_alike
+from tiglon.retrieval.index import ExactIndex, FaissIndex, Index, empty_faiss, merge, most_alike
 from tiglon.retrieval.repetition import padded
 from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.softmax import UnigramSampler
@@ -51,6 +51,7 @@ class DenseConfig:
     whole: int = 50_000  # catalogues up to this size are trained with a softmax over all items …
     negatives: int = 8192  # … larger ones with so many drawn a step, corrected for how often they are drawn
     validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
+    index: str = ""  # what finds items: nothing for every product, or an index of faiss, such as HNSW32
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5))
 
     def __post_init__(self) -> None:
@@ -65,13 +66,9 @@ class DenseRetriever(Retriever):
     """Retrieve by the best product of a user's vectors with an item's.
 
     Retriever(items.vocabulary, config, vectors).fit(split.train, split.validation)
-
-    index: makes what is searched from the items' vectors (N, D): `ExactIndex`, or for instance
-        `functools.partial(FaissIndex, factory="HNSW32")`.
     """
 
     Config: ClassVar[type[DenseConfig]]
-    index: Callable[[np.ndarray], Index] = staticmethod(ExactIndex)
 
     def __init__(
         self, items: Vocabulary, config: DenseConfig | None = None, vectors: np.ndarray | None = None
@@ -85,6 +82,8 @@ class DenseRetriever(Retriever):
                 rule="Vectors are (items, width) and finite",
             )
         self.items, self.config = items, config or self.Config()
+        if self.config.index:
+            empty_faiss(self.config.width, self.config.index)  # what is wrong with it is said before training
         torch.manual_seed(self.config.train.seed)
         self.network = self._network(vectors).eval()
         self._searched: tuple[torch.Tensor, np.ndarray, Index] | None = None
@@ -153,7 +152,7 @@ class DenseRetriever(Retriever):
             about={
                 "retriever": type(self).__name__,
                 "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
-                **{key: value for key, value in asdict(c).items() if key != "train"},
+                **{key: value for key, value in asdict(c).items() if key not in ("train", "index")},
             },
         )
         self.log, self._searched = log, None
@@ -238,7 +237,9 @@ class DenseRetriever(Retriever):
         if self._searched is None:
             with torch.inference_mode():
                 vectors = self.vectors()
-                self._searched = self.network.items.table(), vectors, self.index(vectors)
+                name = self.config.index
+                index = FaissIndex(vectors, name) if name else ExactIndex(vectors)
+                self._searched = self.network.items.table(), vectors, index
         return self._searched
 
     # -- items that arrive later ---------------------------------------------------------------

@@ -12,12 +12,12 @@ Letters: B users, K interests, N items, D width, n items of a block.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from tiglon.errors import DataError, MissingExtraError
+from tiglon.errors import ConfigError, DataError, MissingExtraError
 from tiglon.retrieval.retriever import require_k
 from tiglon.retrieval.topk import best_places, require_dense, tie_order
 from tiglon.types import MISSING, Candidates, Histories
@@ -124,16 +124,8 @@ class FaissIndex:
     """
 
     def __init__(self, vectors: np.ndarray, factory: str = "Flat") -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingExtraError(
-                "faiss is not installed",
-                rule="FaissIndex searches with it; ExactIndex needs nothing",
-                fix="pip install 'tiglon[faiss]'",
-            ) from error
         vectors = _finite(vectors, "item vectors")
-        self.index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        self.index = empty_faiss(vectors.shape[1], factory)
         self.index.train(vectors)
         self.index.add(vectors)
         self.order = tie_order(len(vectors))
@@ -175,6 +167,26 @@ class FaissIndex:
         score = np.where(allowed, score, -np.inf).astype(np.float32).reshape(users, -1)
         item, score = _once(item, score)
         return Candidates(*merge(item, score, k, self.order), source)
+
+
+def empty_faiss(width: int, factory: str) -> Any:
+    """faiss's index of inner products that `factory` names. Raises MissingExtraError, ConfigError."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError(
+            "faiss is not installed",
+            rule="FaissIndex searches with it; ExactIndex needs nothing",
+            fix="pip install 'tiglon[faiss]'",
+        ) from error
+    try:
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"an index '{factory}' of vectors {width} wide: {error}",
+            rule="It is named in the words of faiss's index_factory",
+            fix="Take for instance HNSW32, or nothing for the exact search",
+        ) from error
 
 
 def most_alike(
