@@ -1,6 +1,10 @@
 """Curves of compiled loops are the true ones, and rows are divided whole."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import pytest
 import torch
 
 from tiglon.nn import loops
@@ -23,6 +27,45 @@ def test_the_curves_are_within_rounding():
         found = missing.copy()
         curve(found)
         assert np.isnan(found).all()
+
+
+@pytest.fixture(params=["torch's threads", "a pool"])
+def two_threads(request, monkeypatch):
+    if request.param == "a pool":
+        monkeypatch.setattr(loops, "_OPENMP", None)
+    elif loops._OPENMP is None:
+        pytest.skip("torch's OpenMP is not GNU's")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_jobs_run_at_the_same_time(two_threads):
+    both = threading.Barrier(2, timeout=60)
+    loops.spread(2, lambda i: both.wait() and None)
+
+
+def test_every_job_runs_once_whoever_asks(two_threads):
+    def ask(caller):
+        done = []
+        loops.spread(50, done.append)
+        return sorted(done)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(8))) == [list(range(50))] * 8
+
+
+def test_what_a_job_raises_reaches_who_asked(two_threads):
+    def job(i):
+        if i == 3:
+            raise KeyError("the third")
+
+    with pytest.raises(KeyError, match="the third"):
+        loops.spread(9, job)
+    done = []
+    loops.spread(2, done.append)
+    assert sorted(done) == [0, 1]
 
 
 def test_every_row_is_in_one_part():

@@ -28,7 +28,7 @@ from tiglon.nn.loops import bits_of_float, divide, float_of_bits, logistic
 
 _ONE = np.float32(1)
 _CELLS = 1 << 15  # numbers of a block: it and what is made of it stay in a core's second-level cache
-_SHARD = 1 << 20  # numbers of one thread: below, starting a second costs more than it saves
+_SHARD = 1 << 18  # numbers of one thread: below, starting a second costs more than it saves
 
 
 class Dice(nn.Module):

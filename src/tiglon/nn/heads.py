@@ -16,7 +16,6 @@ N stored items.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from numba import njit
 from torch import Tensor
 
 from tiglon.errors import ConfigError
+from tiglon.nn.loops import spread
 from tiglon.types import MISSING, Behaviours
 
 _TILE = 512  # behaviours scored at once: 512 × 16 keys of a head are 32 KiB, the first-level cache
@@ -135,13 +135,7 @@ def search(
             cuts[s], cuts[s + 1], n, best[b, s, low * A : high * A],
         )  # fmt: skip
 
-    jobs = range(B * parts if n and K else 0)
-    if threads > 1 and len(jobs) > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(scan, jobs))
-    else:
-        for job in jobs:
-            scan(job)
+    spread(B * parts if n and K else 0, scan)
     entry = best.transpose(0, 2, 1, 3).reshape(B, K, A, -1)
     entry.sort(axis=-1)
     entry = entry[..., ::-1][..., :n]

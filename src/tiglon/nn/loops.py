@@ -1,4 +1,4 @@
-"""What compiled loops over numbers share: eˣ, tanh and σ of vectors, bits, and rows divided between threads.
+"""What compiled loops over numbers share: threads, eˣ, tanh and σ of vectors, and bits.
 
 eˣ is a polynomial times a power of two, which a processor computes for many numbers at once, and tanh and σ are
 quotients of it: all three are within 3e-7 of the true value, tanh and σ in absolute terms.
@@ -8,9 +8,12 @@ numba's cache of a compiled loop asks whether the loop's own file has changed, n
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,17 +30,67 @@ _LN2_LOW = np.float32(np.log(2) - np.float64(_LN2_HIGH))
 _TAYLOR = tuple(np.float32(1 / math.factorial(k)) for k in range(2, 8))  # of eᵛ: |v| ≤ ½ ln 2 leaves 6e-9
 
 
-def divide(n: int, parts: int, job: Callable[[int, int, int], None]) -> None:
-    """job(low, high, number of the part) for `parts` of range(n), or fewer: as many at once as torch has threads."""
-    parts = max(1, min(torch.get_num_threads(), n, parts))
-    if parts == 1:
-        job(0, n, 0)
+def spread(n: int, job: Callable[[int], None]) -> None:
+    """job(i) for i in range(n), on as many threads as torch has; what is compiled with `nogil` runs at the same time.
+
+    The threads are torch's own where its OpenMP is GNU's: after an operation of torch they wait in a loop for the
+    next one, some milliseconds long, and would hold the cores that other threads ask for.
+    """
+    threads = min(torch.get_num_threads(), n)
+    if threads <= 1:
+        for i in range(n):
+            job(i)
         return
+    numbers, errors = itertools.count(), list[BaseException]()
+
+    def work(_: Any = None) -> None:
+        try:
+            while not errors and (i := next(numbers)) < n:
+                job(i)
+        except BaseException as error:  # nothing may pass through OpenMP; raised below
+            errors.append(error)
+
+    if _OPENMP is not None:
+        _OPENMP.GOMP_parallel(_Task(work), None, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            for _ in range(threads - 1):
+                pool.submit(work)
+            work()
+    if errors:
+        raise errors[0]
+
+
+def divide(n: int, parts: int, job: Callable[[int, int, int], None]) -> None:
+    """job(low, high, number of the part) for `parts` of range(n), at most one a thread."""
+    parts = max(1, min(torch.get_num_threads(), n, parts))
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    with ThreadPoolExecutor(parts - 1) as pool:
-        others = pool.map(job, cuts[1:-1], cuts[2:], range(1, parts))
-        job(cuts[0], cuts[1], 0)
-        list(others)
+    spread(parts, lambda part: job(cuts[part], cuts[part + 1], part))
+
+
+_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP that torch has loaded; None where it cannot be told, or is another's."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            loaded = {line.split(maxsplit=5)[-1].strip() for line in file if "libgomp" in line}
+    except OSError:
+        return None
+    folder = str(Path(torch.__file__).parent)
+    of_torch = [path for path in loaded if path.startswith(folder)]  # …/torch/lib or …/torch.libs
+    if len(found := of_torch or list(loaded)) != 1:
+        return None
+    library = ctypes.CDLL(found[0])
+    if not hasattr(library, "GOMP_parallel"):
+        return None
+    library.GOMP_parallel.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    library.GOMP_parallel.restype = None
+    return library
+
+
+_OPENMP = _openmp()
 
 
 def _bitcast(of: Any, to: Any, llvm: ir.Type) -> Callable[[Any], Any]:
