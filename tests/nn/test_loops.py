@@ -1,5 +1,6 @@
 """Curves of compiled loops are the true ones, and rows are divided whole."""
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,12 +19,12 @@ def test_the_curves_are_within_rounding():
     of_tanh, of_sigmoid, of_exp = x.copy(), x.copy(), -np.abs(x)
     loops.tanh(of_tanh)
     loops.sigmoid(of_sigmoid)
-    loops.exp(of_exp)
+    loops.exp_of_negative(of_exp)
     assert np.abs(of_tanh - exact.tanh().numpy()).max() < 3e-7
     assert np.abs(of_sigmoid - exact.sigmoid().numpy()).max() < 3e-7
     np.testing.assert_allclose(of_exp, (-exact.abs()).clamp(min=-87).exp().numpy(), rtol=3e-7)
     missing = np.full(3, np.nan, np.float32)
-    for curve in (loops.sigmoid, loops.exp):
+    for curve in (loops.sigmoid, loops.tanh, loops.exp_of_negative):
         found = missing.copy()
         curve(found)
         assert np.isnan(found).all()
@@ -66,6 +67,34 @@ def test_what_a_job_raises_reaches_who_asked(two_threads):
     done = []
     loops.spread(2, done.append)
     assert sorted(done) == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_reaches_who_asked(two_threads):
+    """Whenever it comes: even before the first job, where ctypes drops what is raised."""
+    random, rounds = np.random.default_rng(0), 200
+    raised = reached = 0
+
+    def interrupt(*_):
+        nonlocal raised
+        raised += 1
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        while raised < rounds:
+            try:
+                now = raised
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-4))
+                while raised == now:
+                    loops.spread(4, lambda i: None)
+            except KeyboardInterrupt:
+                reached += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert reached > 0.95 * rounds
 
 
 def test_every_row_is_in_one_part():

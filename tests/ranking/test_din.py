@@ -165,7 +165,7 @@ def test_dice_has_the_gradients_of_its_definition(training):
     dice, real = Dice(80).train(training), torch.rand(4_000) < 0.8
     torch.nn.init.normal_(dice.alpha)
     s = (torch.randn(4_000, 80) * 2 + 1).requires_grad_()
-    weight = torch.randn(4_000, 80) * real[:, None]  # what padding gives is used by nobody
+    weight = torch.randn(4_000, 80)
     running = dice.mean.clone(), dice.variance.clone()
     found = torch.autograd.grad((dice(s, real) * weight).sum(), [s, dice.alpha])
     mean, variance = running
@@ -192,6 +192,19 @@ def test_dice_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(1)
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (7, 1), (2, 5, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dice_of_any_shape_and_type(shape, dtype):
+    s, real = torch.randn(shape).to(dtype), torch.ones(shape[:-1], dtype=torch.bool)
+    dice = Dice(shape[-1]).eval()
+    torch.nn.init.constant_(dice.alpha, 0.25)
+    p = torch.sigmoid(s.float() / (1 + 1e-8) ** 0.5)
+    expected = (p * s.float() + (1 - p) * 0.25 * s.float()).to(dtype)
+    for width in (None, torch.bfloat16):  # its own numbers, too
+        torch.testing.assert_close(dice.to(width or torch.float32)(s, real), expected, rtol=0.01, atol=0.01)
+    assert dice.train().float()(s.transpose(0, -2).contiguous().transpose(0, -2), real).shape == shape
 
 
 def test_dice_of_bfloat16_is_that_of_the_same_numbers_in_float32():

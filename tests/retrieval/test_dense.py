@@ -121,6 +121,7 @@ def test_denied_items_are_left_out():
 
 def test_faiss_may_take_the_place_of_the_index():
     made, other = make(), make(index="Flat")
+    assert isinstance(other._ready()[2], FaissIndex)
     np.testing.assert_array_equal(made.retrieve(HISTORIES, 5).item, other.retrieve(HISTORIES, 5).item)
 
 
@@ -133,8 +134,11 @@ def test_the_index_is_saved_with_it(tmp_path):
 
 
 def test_an_index_that_faiss_does_not_know():
-    with pytest.raises(ConfigError, match=r"'HNSW-32'.*index_factory.*HNSW32"):
-        make(index="HNSW-32")
+    for index in ("HNSW-32", "HNSW1"):
+        with pytest.raises(ConfigError, match=rf"'{index}'.*index_factory.*HNSW32"):
+            ComiRecConfig(index=index)
+    with pytest.raises(ConfigError, match=r"'IVF64,Flat' of 20 items"):
+        make(index="IVF64,Flat").retrieve(HISTORIES, 5)
 
 
 @pytest.mark.parametrize("drawn", [{}, {"whole": 0, "negatives": 64}], ids=["whole", "drawn"])

@@ -24,9 +24,8 @@ from numba.extending import overload
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tiglon.nn.loops import bits_of_float, divide, float_of_bits, logistic
+from tiglon.nn.loops import ONE, bits_of_float, divide, float_of_bits, logistic
 
-_ONE = np.float32(1)
 _CELLS = 1 << 15  # numbers of a block: it and what is made of it stay in a core's second-level cache
 _SHARD = 1 << 18  # numbers of one thread: below, starting a second costs more than it saves
 
@@ -45,7 +44,7 @@ class Dice(nn.Module):
         self.register_buffer("variance", torch.ones(width))
 
     def forward(self, s: Tensor, real: Tensor) -> Tensor:
-        """s: (…, F).   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
+        """s: (…, F), two dimensions or more.   real: bool, broadcasts to (…); what is False there is left out of the statistics."""
         s_RF, real_R, n = s.flatten(0, -2), None, 0
         if s.dtype != torch.bfloat16:
             s_RF = s_RF.float()
@@ -93,8 +92,8 @@ class _Dice(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_x̂ = ∂/∂x̂ of p alone, mean and scale take from each real row
-        scale/n · (Σ g_x̂ + x̂ Σ g_x̂ x̂), as in batch normalisation."""
+        """With g_x̂ = ∂/∂x̂ of p alone and sums over all rows, each real row's s takes, as in batch normalisation,
+        −scale/n · (Σ g_x̂ + x̂ Σ g_x̂ x̂) through mean and scale."""
         s_RF, alpha, mean, scale, real_R = ctx.saved_tensors
         of_s_RF = torch.empty_like(s_RF, memory_format=torch.contiguous_format)
         g, s, of_s = _array(given[0]), _array(s_RF), _array(of_s_RF)
@@ -127,7 +126,7 @@ def _tile(F: int) -> int:
 
 def _tiled(x_F: Tensor) -> np.ndarray:
     """What each channel has for each number of a tile."""
-    return np.tile(_array(x_F), _tile(len(x_F)))
+    return np.tile(x_F.detach().float().numpy(), _tile(len(x_F)))
 
 
 def _rows(s_RF: np.ndarray) -> int:
@@ -232,7 +231,7 @@ def _forward(
         for i in range(len(here)):
             x = _get(here, i)
             p = logistic(scale[i] * x + shift[i])
-            _put(there, i, (alpha[i] + (_ONE - alpha[i]) * p) * x)
+            _put(there, i, (alpha[i] + (ONE - alpha[i]) * p) * x)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -261,12 +260,12 @@ def _backward(
                 value, gradient = _get(here, i), _get(given, i)
                 x = scale[i] * value + shift[i]
                 p = logistic(x)
-                rest = _ONE - p
+                rest = ONE - p
                 of_alpha[i] += gradient * value * rest
-                of_p = gradient * value * (_ONE - alpha[i]) * p * rest
+                of_p = gradient * value * (ONE - alpha[i]) * p * rest
                 of_x[i] += of_p
                 of_xx[i] += of_p * x
-                _put(there, i, (alpha[i] + (_ONE - alpha[i]) * p) * gradient + of_p * scale[i])
+                _put(there, i, (alpha[i] + (ONE - alpha[i]) * p) * gradient + of_p * scale[i])
         for i in range(size):
             for j in range(3):
                 sums_b3F[b, j, i % F] += sums[j, i]

@@ -1,9 +1,10 @@
 """What compiled loops over numbers share: threads, eˣ, tanh and σ of vectors, and bits.
 
 eˣ is a polynomial times a power of two, which a processor computes for many numbers at once, and tanh and σ are
-quotients of it: all three are within 3e-7 of the true value, tanh and σ in absolute terms.
+quotients of it: all three are within 3e-7 of the true value, tanh and σ in absolute terms, eˣ from e^−87 on.
 
-numba's cache of a compiled loop asks whether the loop's own file has changed, not this one.
+numba's cache of a compiled loop asks whether the loop's own file has changed, not this one: who edits it deletes
+`src/**/__pycache__`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,20 +38,24 @@ def spread(n: int, job: Callable[[int], None]) -> None:
     """job(i) for i in range(n), on as many threads as torch has; what is compiled with `nogil` runs at the same time.
 
     The threads are torch's own where its OpenMP is GNU's: after an operation of torch they wait in a loop for the
-    next one, some milliseconds long, and would hold the cores that other threads ask for.
+    next one, some milliseconds long, and would hold the cores that other threads ask for. What a job raises is
+    raised here. Modes of torch such as `no_grad` are the caller's alone.
     """
     threads = min(torch.get_num_threads(), n)
-    if threads <= 1:
+    if threads <= 1 or sys.is_finalizing():
         for i in range(n):
             job(i)
         return
-    numbers, errors = itertools.count(), list[BaseException]()
+    caller, numbers = threading.get_ident(), itertools.count()
+    errors, finished = list[BaseException](), False
 
     def work(_: Any = None) -> None:
+        nonlocal finished
         try:
             while not errors and (i := next(numbers)) < n:
                 job(i)
-        except BaseException as error:  # nothing may pass through OpenMP; raised below
+            finished = finished or threading.get_ident() == caller
+        except BaseException as error:  # nothing may pass through OpenMP
             errors.append(error)
 
     if _OPENMP is not None:
@@ -57,8 +65,13 @@ def spread(n: int, job: Callable[[int], None]) -> None:
             for _ in range(threads - 1):
                 pool.submit(work)
             work()
-    if errors:
-        raise errors[0]
+    try:
+        if errors:
+            raise errors[0]
+        if not finished:  # a signal came between OpenMP and `try`, where ctypes says so and drops it
+            raise KeyboardInterrupt
+    finally:
+        errors.clear()
 
 
 def divide(n: int, parts: int, job: Callable[[int, int, int], None]) -> None:
@@ -72,25 +85,29 @@ _Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP that torch has loaded; None where it cannot be told, or is another's."""
+    """GNU's OpenMP that comes with torch and is loaded, or None."""
+    folder = str(Path(torch.__file__).resolve().parent)
     try:
-        with open("/proc/self/maps", encoding="utf-8") as file:
-            loaded = {line.split(maxsplit=5)[-1].strip() for line in file if "libgomp" in line}
-    except OSError:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in file if "libgomp" in line}
+        path, *others = (path for path in paths if path.startswith((f"{folder}/", f"{folder}.libs/")))
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    except (OSError, ValueError, AttributeError):  # no such system, no such file, no such function
         return None
-    folder = str(Path(torch.__file__).parent)
-    of_torch = [path for path in loaded if path.startswith(folder)]  # …/torch/lib or …/torch.libs
-    if len(found := of_torch or list(loaded)) != 1:
-        return None
-    library = ctypes.CDLL(found[0])
-    if not hasattr(library, "GOMP_parallel"):
-        return None
-    library.GOMP_parallel.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
-    return library
+    return None if others else library
+
+
+def _forked() -> None:
+    """OpenMP's threads are the parent's."""
+    global _OPENMP
+    _OPENMP = None
 
 
 _OPENMP = _openmp()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _bitcast(of: Any, to: Any, llvm: ir.Type) -> Callable[[Any], Any]:
@@ -107,7 +124,7 @@ bits_of_float = _bitcast(types.float32, types.int32, ir.IntType(32))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def power(x: np.float32) -> np.float32:
+def decay(x: np.float32) -> np.float32:
     """eˣ for x ≤ 0, without a branch, so that loops over it run on whole vectors."""
     v = _LEAST if x < _LEAST else x
     n = np.floor(v * _LOG2_E + HALF)
@@ -118,24 +135,24 @@ def power(x: np.float32) -> np.float32:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def exp(x: np.ndarray) -> None:
+def exp_of_negative(x: np.ndarray) -> None:
     """x ← eˣ for x ≤ 0."""
     for i in range(len(x)):
-        x[i] = power(x[i])
+        x[i] = decay(x[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def tanh(x: np.ndarray) -> None:
     """x ← tanh(x) = ± (1 − e^−2|x|) / (1 + e^−2|x|)."""
     for i in range(len(x)):
-        e = power(np.float32(-2) * abs(x[i]))
+        e = decay(np.float32(-2) * abs(x[i]))
         x[i] = np.copysign((ONE - e) / (ONE + e), x[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def logistic(x: np.float32) -> np.float32:
     """σ(x): 1 / (1 + e^−|x|), or what is left of one for x < 0."""
-    e = power(-abs(x))
+    e = decay(-abs(x))
     return (ONE if x >= ZERO else e) / (ONE + e)
 
 

@@ -31,7 +31,7 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiglon.nn.loops import ONE, ZERO, divide, exp, sigmoid, tanh
+from tiglon.nn.loops import ONE, ZERO, divide, exp_of_negative, sigmoid, tanh
 
 # 32 inputs' weights to both GRUs are 24 KiB, the first-level cache; used for 64 behaviours
 _ROWS, _TILE = 64, 32
@@ -294,7 +294,7 @@ def _softmax(x: np.ndarray, M: int) -> None:
             most = max(most, x[i])
         for i in range(start, start + M):
             x[i] -= most
-    exp(x)
+    exp_of_negative(x)
     for start in range(0, len(x), M):
         total = ZERO
         for i in range(start, start + M):

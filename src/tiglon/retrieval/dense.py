@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,7 +52,7 @@ class DenseConfig:
     whole: int = 50_000  # catalogues up to this size are trained with a softmax over all items …
     negatives: int = 8192  # … larger ones with so many drawn a step, corrected for how often they are drawn
     validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
-    index: str = ""  # what finds items: nothing for every product, or an index of faiss, such as HNSW32
+    index: str = ""  # what finds items: empty, the exact search; or an index of faiss, such as HNSW32
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5))
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class DenseConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}", rule="dropout lies in 0 … 1, 1 excluded")
+        if self.index:
+            empty_faiss(self.width, self.index)
 
 
 class DenseRetriever(Retriever):
@@ -82,8 +85,6 @@ class DenseRetriever(Retriever):
                 rule="Vectors are (items, width) and finite",
             )
         self.items, self.config = items, config or self.Config()
-        if self.config.index:
-            empty_faiss(self.config.width, self.config.index)  # what is wrong with it is said before training
         torch.manual_seed(self.config.train.seed)
         self.network = self._network(vectors).eval()
         self._searched: tuple[torch.Tensor, np.ndarray, Index] | None = None
@@ -138,7 +139,7 @@ class DenseRetriever(Retriever):
 
         def validate() -> float:
             assert sample is not None
-            self._searched = None
+            self._searched = self._made(ExactIndex)
             return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
 
         self.history = train(
@@ -235,12 +236,15 @@ class DenseRetriever(Retriever):
     def _ready(self) -> tuple[torch.Tensor, np.ndarray, Index]:
         """Vectors of the items as histories are read (N, D), those that are searched, and the index; until they change."""
         if self._searched is None:
-            with torch.inference_mode():
-                vectors = self.vectors()
-                name = self.config.index
-                index = FaissIndex(vectors, name) if name else ExactIndex(vectors)
-                self._searched = self.network.items.table(), vectors, index
+            name = self.config.index
+            self._searched = self._made(partial(FaissIndex, factory=name) if name else ExactIndex)
         return self._searched
+
+    @torch.inference_mode()
+    def _made(self, index: Callable[[np.ndarray], Index]) -> tuple[torch.Tensor, np.ndarray, Index]:
+        """`_ready`, of the weights of now."""
+        vectors = self.vectors()
+        return self.network.items.table(), vectors, index(vectors)
 
     # -- items that arrive later ---------------------------------------------------------------
 

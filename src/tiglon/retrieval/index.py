@@ -12,6 +12,7 @@ Letters: B users, K interests, N items, D width, n items of a block.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,8 +127,15 @@ class FaissIndex:
     def __init__(self, vectors: np.ndarray, factory: str = "Flat") -> None:
         vectors = _finite(vectors, "item vectors")
         self.index = empty_faiss(vectors.shape[1], factory)
-        self.index.train(vectors)
-        self.index.add(vectors)
+        try:
+            self.index.train(vectors)
+            self.index.add(vectors)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"an index '{factory}' of {len(vectors):,} items: {error}",
+                rule="faiss can make it of the items there are",
+                fix="Take HNSW32, or leave the index out for the exact search",
+            ) from error
         self.order = tie_order(len(vectors))
 
     def search(
@@ -175,17 +183,20 @@ def empty_faiss(width: int, factory: str) -> Any:
         import faiss
     except ImportError as error:
         raise MissingExtraError(
-            "faiss is not installed",
-            rule="FaissIndex searches with it; ExactIndex needs nothing",
+            f"an index '{factory}', but faiss is not installed",
+            rule="Every index but the exact search is faiss's",
             fix="pip install 'tiglon[faiss]'",
         ) from error
+    links = re.search(r"HNSW(\d+)", factory)
     try:
+        if links and int(links[1]) < 2:
+            raise RuntimeError("HNSW has at least two links an item")  # faiss ends the process
         return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ConfigError(
             f"an index '{factory}' of vectors {width} wide: {error}",
             rule="It is named in the words of faiss's index_factory",
-            fix="Take for instance HNSW32, or nothing for the exact search",
+            fix="Take HNSW32, or leave the index out for the exact search",
         ) from error
 
 
