@@ -54,7 +54,8 @@ def spread(n: int, job: Callable[[int], None]) -> None:
         try:
             while not errors and (i := next(numbers)) < n:
                 job(i)
-            finished = finished or threading.get_ident() == caller
+            if threading.get_ident() == caller:
+                finished = True
         except BaseException as error:  # nothing may pass through OpenMP
             errors.append(error)
 
