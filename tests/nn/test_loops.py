@@ -70,6 +70,7 @@ def test_what_a_job_raises_reaches_who_asked(two_threads):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+@pytest.mark.parametrize("two_threads", ["torch's threads"], indirect=True)  # a pool's locks cannot stand it
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_reaches_who_asked(two_threads):
     """Whenever it comes: even before the first job, where ctypes drops what is raised."""
