@@ -24,7 +24,8 @@ from numba.extending import overload
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tiglon.nn.loops import ONE, bits_of_float, divide, float_of_bits, logistic
+from tiglon.nn.loops import ONE, bits_of_float, float_of_bits, logistic
+from tiglon.threads import divide
 
 _CELLS = 1 << 15  # numbers of a block: it and what is made of it stay in a core's second-level cache
 _SHARD = 1 << 18  # numbers of one thread: below, starting a second costs more than it saves

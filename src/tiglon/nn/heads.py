@@ -24,7 +24,7 @@ from numba import njit
 from torch import Tensor
 
 from tiglon.errors import ConfigError
-from tiglon.nn.loops import spread
+from tiglon.threads import spread
 from tiglon.types import MISSING, Behaviours
 
 _TILE = 512  # behaviours scored at once: 512 × 16 keys of a head are 32 KiB, the first-level cache

@@ -31,7 +31,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiglon.nn.loops import ONE, ZERO, divide, exp_of_negative, sigmoid, tanh
+from tiglon.nn.loops import ONE, ZERO, exp_of_negative, sigmoid, tanh
+from tiglon.threads import divide
 
 # 32 inputs' weights to both GRUs are 24 KiB, the first-level cache; used for 64 behaviours
 _ROWS, _TILE = 64, 32
