@@ -16,7 +16,7 @@ Deviations
 - The L2 covers the tables of inherent features, the only large ones.
 
 Cost: B·L·K·(F + F') floats twice in training, for hidden widths F, F' (80, 40), what Dice reads and what it gives:
-at B = 8, K = 10, L = 4,000 0.8 GB and 0.7 s of one core a training step; 0.06 GB and 0.24 s to read, where nothing is kept.
+at B = 8, K = 10, L = 4,000 0.8 GB and 0.6 s of one core a training step; 0.06 GB and 0.24 s to read, where nothing is kept.
 Nothing of width 4E is ever made: the first layer of a concatenation is e times a matrix of the candidate's own,
 plus a vector.
 
