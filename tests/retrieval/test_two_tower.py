@@ -160,6 +160,8 @@ def test_it_learns_last_whether_people_come_back(again):
     p = torch.from_numpy(learned.score(split.test.histories) / learned.config.temperature).softmax(dim=1)
     last = p[torch.arange(200), torch.from_numpy(lives[:, 6])].mean().item()
     assert last == pytest.approx(again, abs=0.1)
+    selected = evaluate(learned, split.validation, ks=(10,), exclude_seen=False).metrics["ndcg@10"]
+    assert learned.history["best"] == pytest.approx(selected)  # the score that selects knows it, too
 
 
 def test_untrained_and_with_content_it_finds_what_is_alike_new_items_too():

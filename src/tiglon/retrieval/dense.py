@@ -140,6 +140,7 @@ class DenseRetriever(Retriever):
         def validate() -> float:
             assert sample is not None
             self._searched = self._made(ExactIndex)
+            self._learn_last(sample)
             return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
 
         self.history = train(
@@ -157,7 +158,12 @@ class DenseRetriever(Retriever):
             },
         )
         self.log, self._searched = log, None
+        if sample is not None:
+            self._learn_last(sample)
         return self
+
+    def _learn_last(self, targets: Targets) -> None:
+        """What is learned of the validation once all else is; the score that selects knows it. Here nothing is."""
 
     # -- answering -----------------------------------------------------------------------------
 

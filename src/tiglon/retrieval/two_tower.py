@@ -33,10 +33,7 @@ Letters: B users, L history, D width, T targets, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -51,11 +48,8 @@ from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, accidental_hits, in_batch_softmax
 from tiglon.retrieval.towers import DenseNetwork, HashedUsers, ItemTower, Past
 from tiglon.retrieval.windows import REMEMBERED, Batch, earlier_of
-from tiglon.train.loop import Progress, TrainConfig
-from tiglon.types import MISSING, Interactions, Targets
-
-if TYPE_CHECKING:
-    from typing import Self
+from tiglon.train.loop import TrainConfig
+from tiglon.types import MISSING, Targets
 
 
 @dataclass(frozen=True)
@@ -157,23 +151,8 @@ class TwoTower(DenseRetriever):
     def _network(self, content: np.ndarray | int | None) -> TwoTowerNetwork:
         return TwoTowerNetwork(len(self.items), self.config, content)
 
-    def fit(
-        self,
-        interactions: Interactions,
-        validation: Targets | None = None,
-        *,
-        directory: Path | None = None,
-        report: Callable[[Progress], None] | None = None,
-    ) -> Self:
-        """As `DenseRetriever.fit`; then whether people come back, from the users of `validation`, if there are any."""
-        super().fit(interactions, validation, directory=directory, report=report)
-        if validation is not None and len(validation):
-            rows = np.random.default_rng(self.config.train.seed).permutation(len(validation))
-            self._learn_repetition(validation.take(np.sort(rows[: self.config.validation_users])))
-        return self
-
-    def _learn_repetition(self, targets: Targets) -> None:
-        """With all else as it is."""
+    def _learn_last(self, targets: Targets) -> None:
+        """Whether people come back, with all else as it is."""
         had, truth = targets.histories.last(REMEMBERED), targets.truth
         before = earlier_of(had)
         scores, others, wanted = [], [], []
