@@ -22,7 +22,7 @@ Deviations:
 - the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user is known to
   like is no negative;
 - what one had before is likelier or less likely by a weight that is learned last, on the validation (`repetition`): no
-  batch says it;
+  batch says it. The score that selects the weights knows it, of the same users: six numbers of some thousand;
 - the frequency estimate counts examples, not batches (`frequency.py`);
 - no rewards: every event weighs the same.
 
