@@ -10,7 +10,7 @@ without either of its tasks `benchmarks/eager.py`.
 
 Bundles and result.json go to --out, a folder a run; a run that has its result is not made again, and one that was
 killed goes on. Prints, mean ± standard deviation over seeds: Recall and NDCG at 5, 10, 20, coverage, recall of popular
-and of rare items, minutes of training and megabytes.
+and of rare items, minutes of training and megabytes; and, all data beside each other, Recall@10 and NDCG@10.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tiglon.serving.bundle import Bundle, is_bundle
 
 ALL = ",".join((*DENSE, "eager"))
 JOURNEY = "complete-journey"
+MODES = {"masked": "seen items hidden", "unmasked": "seen items shown"}
 METRICS = (
     *(f"{metric}@{k}" for k in (5, 10, 20) for metric in ("recall", "ndcg")),
     "coverage@10",
@@ -67,8 +68,10 @@ def main() -> None:
             folder = given.out / f"{name}-{seed}"
             if not given.only_table and not (folder / "result.json").is_file():
                 run(data, folder, given.minutes, changes | seeds(changes, seed), console)
-        for mode in ("masked", "unmasked"):
+        for mode in MODES:
             console.print(table(name, mode, results(given.out, name)))
+    for mode in MODES:
+        console.print(beside({Path(data).name: results(given.out, Path(data).name) for data in given.data}, mode))
 
 
 def seeds(changes: dict[str, str], seed: int) -> dict[str, str]:
@@ -129,21 +132,47 @@ def results(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def table(name: str, mode: str, runs: Sequence[dict[str, Any]]) -> Table:
-    title = f"{name}, test, seen items {'hidden' if mode == 'masked' else 'shown'}; {len(runs)} seeds"
+    title = f"{name}, test, {MODES[mode]}, {counted(runs)}"
     found = Table(title=title, box=box.SIMPLE_HEAD)
     found.add_column("retriever", no_wrap=True)
     for column in (*(escape(metric) for metric in METRICS), "minutes", "MB"):
         found.add_column(column, justify="right")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for one in runs:
-        for row in one[mode]["rows"]:
-            rows.setdefault(row["name"], []).append(row)
-    for retriever, some in rows.items():
-        values = [spread([row[metric] for row in some if row.get(metric) is not None]) for metric in METRICS]
+    for retriever, some in by_retriever(runs, mode).items():
+        values = [mean(some, metric) for metric in METRICS]
         costs = [one["costs"][retriever] for one in runs if retriever in one["costs"]]
         spent = [f"{costs[0]['minutes']:.1f}", f"{costs[0]['megabytes']:.0f}"] if costs else ["", ""]
         found.add_row(retriever, *values, *spent)
     return found
+
+
+def beside(data: dict[str, Sequence[dict[str, Any]]], mode: str) -> Table:
+    """Recall@10 / NDCG@10 of every retriever, a column a set of data."""
+    found = Table(title=f"Recall@10 / NDCG@10, test, {MODES[mode]}", box=box.SIMPLE_HEAD)
+    found.add_column("retriever", no_wrap=True)
+    columns = {name: by_retriever(runs, mode) for name, runs in data.items()}
+    for name in columns:
+        found.add_column(f"{name}, {counted(data[name])}", justify="right")
+    for retriever in dict.fromkeys(name for rows in columns.values() for name in rows):
+        cells = [rows.get(retriever, []) for rows in columns.values()]
+        found.add_row(retriever, *(f"{mean(some, 'recall@10')} / {mean(some, 'ndcg@10')}" for some in cells))
+    return found
+
+
+def by_retriever(runs: Sequence[dict[str, Any]], mode: str) -> dict[str, list[dict[str, Any]]]:
+    """Each retriever's row of every run."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in runs:
+        for row in one[mode]["rows"]:
+            rows.setdefault(row["name"], []).append(row)
+    return rows
+
+
+def counted(runs: Sequence[dict[str, Any]]) -> str:
+    return f"{len(runs)} seed{'' if len(runs) == 1 else 's'}"
+
+
+def mean(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    return spread([row[metric] for row in rows if row.get(metric) is not None])
 
 
 if __name__ == "__main__":
