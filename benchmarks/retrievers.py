@@ -71,7 +71,9 @@ def main() -> None:
         for mode in MODES:
             console.print(table(name, mode, results(given.out, name)))
     for mode in MODES:
-        console.print(beside({Path(data).name: results(given.out, Path(data).name) for data in given.data}, mode))
+        console.print(
+            beside({Path(data).name: results(given.out, Path(data).name) for data in given.data}, mode)
+        )
 
 
 def seeds(changes: dict[str, str], seed: int) -> dict[str, str]:

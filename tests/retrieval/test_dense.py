@@ -97,6 +97,18 @@ def test_answers_know_what_one_had():
     assert not np.isin(made.retrieve(AGAIN, N, exclude_seen=False, deny=deny).item, [4, 9]).any()
 
 
+def test_what_was_had_too_long_ago_to_be_remembered_is_found_all_the_same(monkeypatch):
+    for module in ("repetition", "dense", "comirec"):
+        monkeypatch.setattr(f"tiglon.retrieval.{module}.REMEMBERED", 3)
+    made, lives = repeating(), Histories.of([list(range(15)), [4], []])
+    found, expected = made.retrieve(lives, N, exclude_seen=False), made.score(lives)
+    np.testing.assert_array_equal(found.item, np.argsort(-expected, axis=1))
+    np.testing.assert_allclose(found.score, -np.sort(-expected, axis=1), rtol=1e-4, atol=1e-4)
+    plain = made.retrieve_diverse(lives, N, np.zeros(N), 0.0, exclude_seen=False)
+    np.testing.assert_array_equal(plain.item, found.item)
+    assert (made.retrieve(lives, N).item[0] != MISSING).sum() == N - 15  # hidden however long ago it was
+
+
 @pytest.mark.parametrize("drawn", [{}, {"whole": 0, "negatives": 64}], ids=["whole", "drawn"])
 def test_it_learns_whether_people_come_back(drawn):
     """Of two worlds, whose items say nothing: what is had is never had again; every second event is the last one's item."""

@@ -119,6 +119,17 @@ def test_alone_it_learns_how_likely_it_is():
     torch.testing.assert_close(k / (k + 9), torch.tensor([0.6, 0.01]), rtol=1e-2, atol=1e-3)
 
 
+def test_what_never_happens_leaves_every_weight_finite():
+    """However likely the network holds it: logits of 60 are those of a sharp temperature."""
+    users, random = 50, torch.Generator().manual_seed(0)
+    times = F.one_hot(torch.randint(6, (users, 4), generator=random), 6).float()
+    had, score = Earlier(torch.arange(4).expand(users, 4), times), 60 * torch.rand(users, 4, generator=random)
+    made, everyone = Repetition(), torch.arange(users)
+    made.learn_alone(had, score, torch.zeros(users), (everyone, torch.full((users,), 9), torch.zeros(users)))
+    assert made.weight.isfinite().all()
+    assert (score + made(had).offset).logsumexp(dim=1).sigmoid().mean() < 1e-3
+
+
 def test_rows_are_filled_up():
     owner, value = np.array([0, 0, 2, 2, 2]), np.array([5, 1, 9, 8, 7])
     assert padded(owner, 4, value, -1).tolist() == [[5, 1, -1], [-1, -1, -1], [9, 8, 7], [-1, -1, -1]]

@@ -40,6 +40,7 @@ from tiglon.retrieval.dense import DenseConfig, DenseRetriever
 from tiglon.retrieval.retriever import require_k
 from tiglon.retrieval.topk import tie_keys
 from tiglon.retrieval.towers import InterestNetwork, Past
+from tiglon.retrieval.windows import REMEMBERED
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Candidates, Histories
 
@@ -166,12 +167,13 @@ class ComiRec(DenseRetriever):
             some = histories.take(slice(start, start + 256))
             interests, present = self.users(some)
             users, many, width = interests.shape
+            hidden = some if exclude_seen else some.last(REMEMBERED)
             each = np.repeat(np.arange(users), many)
             lists = index.search(
                 interests.reshape(users * many, width),
                 k,
                 present=present.reshape(-1, 1),
-                seen=some.take(each),
+                seen=hidden.take(each),
                 deny=deny,
             )
             owner, had, had_fit = self._had(some, interests, present, deny)

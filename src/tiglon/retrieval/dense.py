@@ -31,7 +31,7 @@ from tiglon.retrieval.retriever import Retriever, require_k
 from tiglon.retrieval.softmax import UnigramSampler
 from tiglon.retrieval.topk import require_dense, tie_order
 from tiglon.retrieval.towers import DenseNetwork, Past
-from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
+from tiglon.retrieval.windows import REMEMBERED, Batch, WindowBatches, moments, padded_histories
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
@@ -201,7 +201,8 @@ class DenseRetriever(Retriever):
         for start in range(0, max(len(histories), 1), 256):
             some = histories.take(slice(start, start + 256))
             interests, present = self.users(some)
-            best = self._ready()[2].search(interests, k, present=present, seen=some, deny=deny)
+            hidden = some if exclude_seen else some.last(REMEMBERED)  # the latter join by their own scores
+            best = self._ready()[2].search(interests, k, present=present, seen=hidden, deny=deny)
             if not exclude_seen:
                 best = self._with_had(best, some, interests, present, deny)
             item.append(best.item)
@@ -216,7 +217,7 @@ class DenseRetriever(Retriever):
         present: np.ndarray,
         deny: np.ndarray | None,
     ) -> Candidates:
-        """The best of what was found, which the user never had, and of what the user had."""
+        """The best of what was found and of what the user had, as far as that is remembered."""
         owner, had, fit = self._had(histories, interests, present, deny)
         item = padded(owner, len(histories), had, MISSING)
         score = padded(owner, len(histories), fit, -np.inf)
@@ -226,7 +227,7 @@ class DenseRetriever(Retriever):
     def _had(
         self, histories: Histories, interests: np.ndarray, present: np.ndarray, deny: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What each user had and may get: owner (S,) ascending, item (S,), score (S,) float32."""
+        """What each user had, as far as it is remembered, and may get: owner (S,) ascending, item (S,), score (S,) float32."""
         owner, item, offset = self.network.repetition.of(histories)
         if deny is not None:
             allowed = ~deny[item]

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiglon.nn.transformer import HIDDEN
-from tiglon.retrieval.windows import AGES, REMEMBERED, Batch, Earlier, earlier_in_rows, histories_moments
+from tiglon.retrieval.windows import AGES, REMEMBERED, Batch, Earlier, histories_moments
 from tiglon.semantic_ids.trie import Trie
 from tiglon.types import MISSING, Histories
 
 STEP = 10.0  # w has far to go, at a rate of learning made for vectors
+LARGEST = 80.0  # |w|: float32 still counts e⁸⁰ of a thousand times, and e⁻⁸⁰
+PRIOR = 1e-7  # of w², where it is learned alone: of what never happens, the likeliest w is −∞
 LEAST = 1e-6  # factor of a code
 
 
@@ -51,20 +53,23 @@ class Repetition(nn.Module):
 
     def log_weight(self, age: Tensor) -> Tensor:
         """w of ages, in moments."""
-        return STEP * self.weight[torch.bucketize(age, torch.tensor(AGES), right=True)]
+        return self._w()[torch.bucketize(age, torch.tensor(AGES), right=True)]
+
+    def _w(self) -> Tensor:
+        return (STEP * self.weight).clamp(-LARGEST, LARGEST)
 
     def forward(self, earlier: Earlier) -> Had:
-        there_TM = earlier.times.any(dim=2)
+        there_TM = earlier.there
         with torch.autocast("cpu", enabled=False):
-            total_TM = earlier.times @ (STEP * self.weight).exp()
+            total_TM = earlier.times @ self._w().exp()
         return Had(earlier.item, torch.where(there_TM, total_TM, 1.0).log(), there_TM)
 
     def before(self, batch: Batch) -> Had:
         """What came before each target of a batch, in their order."""
-        return self(earlier_in_rows(batch) if batch.earlier is None else batch.earlier)
+        return self(batch.before())
 
     def learn_alone(self, had: Earlier, score_BM: Tensor, others_B: Tensor, truth: Sequence[Tensor]) -> None:
-        """Learn w where all else is fixed: the maximum of the likelihood of what came next.
+        """Learn w where all else is fixed: the maximum of the likelihood of what came next, and of a wide prior.
 
         had: of B users.   score: (B, M) its logits.   others: (B,) log Σ exp of the logits of all other items.   truth: user (T,), item (T,) and logit (T,) of what came next.
         """
@@ -78,6 +83,7 @@ class Repetition(nn.Module):
             own_TM = there[user_T] & (item[user_T] == item_T[:, None])
             gained_T = torch.where(own_TM, offset[user_T], 0.0).sum(dim=1)
             value = (torch.logaddexp(others_B, had_B)[user_T] - score_T - gained_T).mean()
+            value = value + PRIOR * (STEP * self.weight).square().sum()
             value.backward()
             return value
 

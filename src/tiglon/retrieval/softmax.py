@@ -5,7 +5,7 @@ Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312, and Yi et al.
 there with certainty, so it is neither corrected nor counted among the others: Khrylchenko et al. 2025,
 https://arxiv.org/abs/2507.09331.
 
-Letters: T targets, C candidates, N items, D width, L history, M items that came before.
+Letters: T targets, C candidates, N items, D width, L items of a row, M items that came before.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def in_batch_softmax(score_TC: Tensor, hidden_TC: Tensor, log_count_C: Tensor | 
     return logits.logsumexp(dim=1) - logits.diagonal()
 
 
-def accidental_hits(candidate_C: Tensor, history_TL: Tensor, mask_TL: Tensor, user_T: Tensor) -> Tensor:
+def accidental_hits(candidate_C: Tensor, item_TM: Tensor, there_TM: Tensor, user_T: Tensor) -> Tensor:
     """(T, C) bool: candidates that are a row's target itself or are known to be liked by its user.
 
-    candidate: the targets of the T rows first.   history, mask: what each row's user did.   user: who it is,
+    candidate: the targets of the T rows first.   item, there: what each row's user had.   user: who it is,
     negative for strangers; one user's targets are liked in all of that user's rows.
     """
     t = len(user_T)
@@ -111,7 +111,7 @@ def accidental_hits(candidate_C: Tensor, history_TL: Tensor, mask_TL: Tensor, us
     row, other = torch.nonzero(same_TT, as_tuple=True)
     liked = torch.zeros(t, len(distinct), dtype=torch.bool)
     liked[row, column_C[:t][other]] = True
-    return liked[:, column_C] | _is_among(candidate_C, history_TL, mask_TL)
+    return liked[:, column_C] | _is_among(candidate_C, item_TM, there_TM)
 
 
 def _is_among(candidate_C: Tensor, item_TL: Tensor, mask_TL: Tensor) -> Tensor:

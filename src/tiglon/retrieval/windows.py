@@ -30,6 +30,11 @@ class Earlier(NamedTuple):
     item: Tensor
     times: Tensor
 
+    @property
+    def there(self) -> Tensor:
+        """(T, M) bool: where there is an item."""
+        return self.times.any(dim=2)
+
 
 class Batch(NamedTuple):
     """Rows of events, oldest first, padded at the end.
@@ -44,6 +49,10 @@ class Batch(NamedTuple):
     target: Tensor
     user: Tensor
     earlier: Earlier | None = None
+
+    def before(self) -> Earlier:
+        """What came before each target."""
+        return earlier_in_rows(self) if self.earlier is None else self.earlier
 
 
 def overlapping_windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
