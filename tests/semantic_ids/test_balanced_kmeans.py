@@ -46,6 +46,29 @@ def test_the_total_is_near_that_of_the_best_assignment(n, size, tolerance):
     assert best - 1e-3 <= cost[np.arange(n), code].sum() <= best + tolerance * cost.min(axis=1).sum() + 1e-3
 
 
+@pytest.mark.parametrize("kind", ["few texts", "nearly one", "tight groups"])
+def test_copies_are_dealt_out_in_good_time(kind):
+    """Centres lie on the copies then, so that the nearest is next to nothing, but most have to go elsewhere."""
+    random = np.random.default_rng(0)
+    points = random.normal(size=(600, 8)).astype(np.float32)
+    if kind == "few texts":
+        often = 1 / np.arange(1, 31)
+        points = points[random.choice(30, 600, p=often / often.sum())]
+    elif kind == "nearly one":
+        points[:570] = points[0]
+    else:
+        points = points[random.integers(20, size=600)] + 1e-4 * points
+    code = balanced_kmeans(points, 64, np.random.default_rng(0))
+    assert balanced(code, 64)
+
+
+def test_a_power_of_two_changes_nothing():
+    points, keys = blobs(200), Vocabulary(list(range(200)))
+    codes = balanced_codes(points, keys, 8)
+    for power in (-70, 70):  # whose squares float32 cannot hold
+        np.testing.assert_array_equal(balanced_codes(np.ldexp(points, power), keys, 8), codes)
+
+
 def test_the_larger_clusters_are_those_that_more_want():
     cost = np.ones((8, 3), np.float32)
     cost[:5, 2], cost[5:, 1] = 0, 0

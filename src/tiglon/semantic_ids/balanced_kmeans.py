@@ -29,6 +29,7 @@ from tiglon.semantic_ids.tokenizer import require_vectors
 from tiglon.types import Vocabulary, hash_ids
 
 TOLERANCE = 0.1  # ε, as a share of the mean squared distance to the nearest centre
+LEAST = 0.02  # that distance, at least, as a share of the mean one to all centres
 SAMPLE = 2**14  # points that the first centres are learned from
 
 
@@ -48,6 +49,9 @@ def balanced_codes(
     vectors = require_vectors(vectors)
     if len(vectors) != len(keys):
         raise DataError(f"{len(vectors)} vectors for {len(keys)} items")
+    vectors = np.ldexp(
+        vectors, -int(np.frexp(np.abs(vectors).max(initial=0))[1])
+    )  # squares must not overflow
     while branches**levels < len(vectors):
         levels += 1
     codes = np.zeros((len(vectors), levels), np.int32)
@@ -142,15 +146,16 @@ def assign(cost_NV: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
     """(N,) int32 clusters of equal size, N ≥ V, at nearly the least total cost.
 
     The clusters that most points are nearest to have ⌈N/V⌉ seats, the others ⌊N/V⌋. The total is above the
-    least one by at most N·ε, ε = tolerance · the mean over points of their smallest cost.
+    least one by at most N·ε, ε = tolerance · the mean over points of their smallest cost, or of LEAST of all costs
+    where that is more: most points may be copies of one another, and then dearer seats are all that is left to them.
     """
     n, size = cost_NV.shape
     seats = np.full(size, n // size)
     wanted = np.bincount(cost_NV.argmin(axis=1), minlength=size)
     seats[np.argsort(-wanted, kind="stable")[: n % size]] += 1
-    nearest = float(cost_NV.min(axis=1).mean(dtype=np.float64))
-    scale = nearest if nearest > 0 else float(cost_NV.mean(dtype=np.float64))
-    return _auction(np.ascontiguousarray(cost_NV, np.float32), seats, tolerance * scale or 1.0)
+    nearest, usual = (float(cost.mean(dtype=np.float64)) for cost in (cost_NV.min(axis=1), cost_NV))
+    epsilon = tolerance * max(nearest, LEAST * usual) or 1.0
+    return _auction(np.ascontiguousarray(cost_NV, np.float32), seats, epsilon)
 
 
 def _squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
