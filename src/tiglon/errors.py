@@ -20,7 +20,9 @@ A message has up to three sentences: what was given, the rule it breaks, and wha
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class TiglonError(Exception):
@@ -88,3 +90,26 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}"
+
+
+def require_counts(settings: Any, *names: str) -> None:
+    """Raise ConfigError unless each of these settings is at least 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise ConfigError(f"{name}={value}", rule=f"{name} is at least 1")
+
+
+def require_weights(settings: Any, *names: str) -> None:
+    """Raise ConfigError unless each of these settings is at least 0 and finite."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name}={value}", rule=f"{name} is at least 0 and finite")
+
+
+def require_dropout(settings: Any) -> None:
+    """Raise ConfigError unless the setting `dropout` leaves something."""
+    value = settings.dropout
+    if not 0 <= value < 1:
+        raise ConfigError(f"dropout={value}", rule="dropout lies in 0 … 1, 1 excluded")

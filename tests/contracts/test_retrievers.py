@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -35,8 +36,8 @@ def random_ids(items: Items) -> SemanticIds:
     return SemanticIds.assign(RandomIds(2, 8).encode_keys(items.vocabulary), (8, 8), items.vocabulary)
 
 
-def eager(log: Interactions, items: Items) -> Eager:
-    config = EagerConfig(TINY.model, TINY.train, branches=8)
+def eager(log: Interactions, items: Items, **changes: int) -> Eager:
+    config = EagerConfig(TINY.model, TINY.train, branches=8, **changes)
     rows = np.random.default_rng(0).normal(size=(2, len(items), 6)).astype(np.float32)
     vectors = {"behaviour": rows[0], "semantic": rows[1]}
     return Eager(eager_ids(vectors, items.vocabulary, config), items.vocabulary, config, vectors).fit(log)
@@ -75,8 +76,12 @@ RETRIEVERS: dict[str, Callable[[Interactions, Items], Retriever]] = {
         items.vocabulary, ComiRecConfig(extractor="sa", width=16, interests=3, train=TINY.train)
     ).fit(log),
     "eager": eager,
+    "eager, few beams": partial(eager, beams=12),
     "eager, grown": grown_eager,
     "tiger": lambda log, items: Tiger(random_ids(items), items.vocabulary, TINY).fit(log),
+    "tiger, few beams": lambda log, items: Tiger(
+        random_ids(items), items.vocabulary, replace(TINY, beams=12)
+    ).fit(log),
 }
 
 N = 30

@@ -96,6 +96,14 @@ def test_a_gradient_flows_through_the_last_round_alone():
 # -- read-out ----------------------------------------------------------------------------------------------
 
 
+def test_large_products_have_powers_all_the_same():
+    interests = torch.tensor([[[300.0], [-300.0], [5.0]]], requires_grad=True)
+    found = label_aware(interests, everyone(3, 1), torch.ones(1, 1), 16)
+    found.sum().backward()
+    assert found.item() == 300
+    assert interests.grad.isfinite().all()
+
+
 def test_label_aware_attention_goes_from_the_mean_to_the_best():
     interests, target = draw(B, K, D) * 2, draw(B, D, seed=1)
     score = (interests @ target[..., None])[..., 0]

@@ -70,6 +70,15 @@ def test_collisions_shorten_gaps_and_the_longest_of_several_hashes_is_nearest():
     assert too_often[0] > too_often[1] > too_often[2]
 
 
+@pytest.mark.parametrize("buckets, hashes", [(1, 1), (2, 1), (3, 2), (4, 3)])
+def test_collisions_never_lengthen_a_gap(buckets, hashes):
+    """Items that come every 2, 4 and 8 examples, some or all of them in one bucket."""
+    estimator = FrequencyEstimator(buckets=buckets, hashes=hashes, rate=0.1)
+    estimator.update(torch.tensor([0, 1, 0, 2, 0, 1, 0, 3] * 100))
+    gap = 1 / estimator.probability(torch.arange(4))
+    assert (gap <= torch.tensor([2.0, 4.0, 8.0, 8.0]) * 1.001).all()
+
+
 def test_what_never_came_and_what_is_rare_have_bounded_probabilities():
     estimator = FrequencyEstimator(floor=0.01)
     estimator.update(every(2, 25))

@@ -113,9 +113,16 @@ def test_an_approximate_index_answers_the_same_call():
     vectors = rng.normal(size=(2000, 16)).astype(np.float32)
     interests = rng.normal(size=(10, 2, 16)).astype(np.float32)
     exact = ExactIndex(vectors).search(interests, 10)
-    near = FaissIndex(vectors, "HNSW32").search(interests, 10)
-    share = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(exact.item, near.item, strict=True)])
-    assert share > 0.8
+    share = {}
+    for name in ("HNSW32", "HNSW32 efSearch=200", "IVF32,Flat", "IVF32,Flat nprobe=32"):
+        near = FaissIndex(vectors, name).search(interests, 10)
+        share[name] = np.mean(
+            [len(np.intersect1d(a, b)) / 10 for a, b in zip(exact.item, near.item, strict=True)]
+        )
+    assert share["HNSW32"] > 0.8
+    assert share["HNSW32 efSearch=200"] > 0.99
+    assert share["IVF32,Flat"] < 0.5
+    assert share["IVF32,Flat nprobe=32"] == 1
 
 
 def test_bad_input_is_named(make):
@@ -130,6 +137,12 @@ def test_bad_input_is_named(make):
         index.search(INTERESTS, 3, deny=DENY[:-1])
     with pytest.raises(DataError, match="presence of shape"):
         index.search(INTERESTS, 3, present=PRESENT[:, :2])
+    with pytest.raises(DataError, match=r"presence of shape .* and type int64"):
+        index.search(INTERESTS, 3, present=PRESENT.astype(np.int64))
+    with pytest.raises(ConfigError, match="k of True"):
+        index.search(INTERESTS, True)
+    with pytest.raises(DataError, match=r"item vectors of shape \(8,\)"):
+        make(VECTORS[0])
     for bad in (np.nan, np.inf):
         with pytest.raises(DataError, match="interests of type float32, 1 not finite"):
             index.search(np.where(np.arange(D) == 0, bad, INTERESTS[:1, :1]).astype(np.float32), 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiglon.errors import ConfigError
-from tiglon.nn.interests import disagreement, squash
+from tiglon.nn.interests import disagreement, label_aware, squash
 from tiglon.retrieval.mind import Mind, MindConfig, first_logits, number_of_interests
 from tiglon.retrieval.towers import Past
 from tiglon.train.loop import TrainConfig
@@ -45,6 +45,7 @@ def test_the_number_of_interests_is_the_papers():
     assert number_of_interests(n, 10).tolist() == [1, 1, 1, 1, 2, 3, 4, 4, 9]
     assert number_of_interests(torch.tensor([1, 2, 3, 17]), 4).tolist() == [1, 1, 1, 4]
     assert number_of_interests(n, 1).tolist() == [1] * 9
+    assert number_of_interests(n, 100).tolist() == [1, 1, 1, 1, 2, 3, 4, 4, 9]
     for count in range(1, 200):
         expected = max(1, min(5, int(math.log2(count))))
         assert number_of_interests(torch.tensor([count]), 5).item() == expected
@@ -61,20 +62,28 @@ def test_first_logits_are_normal_and_belong_to_item_and_interest():
     assert torch.equal(mixed[0, :, 0], logits[:, 7])
 
 
-def test_capsules_are_their_definition():
+@pytest.mark.parametrize("iterations, power", [(3, 1.0), (2, 0.5)])
+def test_capsules_are_their_definition(iterations, power):
     """Equations 5 to 7 with loops, and a map that is not the identity."""
-    made, items = mind(), list(range(3, 21))
+    made, items = mind(iterations=iterations, squash=power), list(range(3, 21))
     torch.nn.init.normal_(made.network.bilinear.weight, std=0.3)
     e = made.network.items.own.weight.detach()[items] @ made.network.bilinear.weight.detach()
     b = first_logits(torch.tensor([items]), K)[0].T.clone()  # (L, K)
-    for _ in range(3):
+    for _ in range(iterations):
         w = b.softmax(dim=1)
-        v = torch.stack([squash(sum(w[j, k] * e[j] for j in range(len(items)))) for k in range(K)])
+        v = torch.stack([squash(sum(w[j, k] * e[j] for j in range(len(items))), power) for k in range(K)])
         b += e @ v.T
     found, present = capsules(made, items)
     assert present.tolist() == [True] * K
     torch.testing.assert_close(found, v, rtol=1e-4, atol=1e-5)
     assert (found.norm(dim=1) < 1).all()
+
+
+def test_the_power_of_attention_is_the_settings():
+    interests, present, target = torch.randn(3, K, 16), torch.ones(3, K, dtype=torch.bool), torch.randn(3, 16)
+    for power in (0.0, 1.0, math.inf):
+        found = mind(power=power).network.read_out(interests, present, target)
+        torch.testing.assert_close(found, label_aware(interests, present, target, power))
 
 
 def test_with_zero_logits_all_capsules_are_one():
@@ -99,6 +108,26 @@ def test_short_histories_have_few_interests_and_answers():
     _, present = made.users(Histories.of([[], [4], [4, 4, 4], list(range(5)), list(range(17))]))
     assert present.sum(axis=1).tolist() == [1, 1, 1, 2, 4]
     assert np.isfinite(made.score(Histories.of([[], [4], [4, 4, 4]]))).all()
+
+
+def test_interests_that_are_absent_find_nothing():
+    """Those of a known user hold something, too: what the network above makes of the profile."""
+    made = mind(users=8)
+    made.network.wo.weight.data.normal_(std=3.0)
+    made.network.repetition.weight.data.normal_(std=0.3)
+    lives = Histories.of([[4], [4, 9, 4], list(range(5)), list(range(17))])
+    lives = Histories(lives.offsets, lives.item, lives.time, user=np.arange(4))
+    interests, present = made.users(lives)
+    product = interests @ made.vectors().T
+    expected = np.where(present[..., None], product, -np.inf).max(axis=1)
+    assert (product.max(axis=1) > expected).any(axis=1)[:3].all()
+    owner, item, offset = made.network.repetition.of(lives)
+    hidden = expected.copy()
+    hidden[owner, item] = -np.inf
+    expected[owner, item] += offset
+    for wanted, k, exclude_seen in ((expected, N, False), (hidden, N - 17, True)):
+        found = made.retrieve(lives, k, exclude_seen=exclude_seen)
+        np.testing.assert_array_equal(found.item, np.argsort(-wanted, axis=1)[:, :k])
 
 
 def test_a_profile_changes_the_interests_above_the_capsules():
@@ -141,6 +170,14 @@ def test_bad_settings_are_named():
     for wrong in ({"interests": 0}, {"iterations": 0}, {"users": -1}, {"hidden": 0}):
         with pytest.raises(ConfigError, match="at least one interest"):
             mind(**wrong)
-    for wrong in ({"squash": -0.1}, {"sigma": -1.0}, {"disagreement": -1.0}, {"sigma": float("nan")}):
-        with pytest.raises(ConfigError, match="All are at least 0"):
+    for wrong in (
+        {"squash": -0.1},
+        {"sigma": -1.0},
+        {"disagreement": -1.0},
+        {"sigma": math.nan},
+        {"sigma": math.inf},
+    ):
+        with pytest.raises(ConfigError, match="is at least 0 and finite"):
             mind(**wrong)
+    with pytest.raises(ConfigError, match="squash lies in 0 … 1"):
+        mind(squash=5.0)

@@ -12,6 +12,7 @@ from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, D
 from tiglon.evaluation.protocol import evaluate
 from tiglon.nn.transformer import PADDING
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
+from tiglon.retrieval.softmax import Negatives
 from tiglon.retrieval.windows import Batch
 from tiglon.train.loop import TrainConfig
 from tiglon.types import Histories, Interactions, Vocabulary
@@ -59,6 +60,14 @@ def test_each_targets_loss_is_that_of_its_prefix_alone(vectors):
             alone = batch([[event for event in life if event[1] < moment] + [(item, moment)]])
             alone.target[0, :-1] = False
             torch.testing.assert_close(found[at], network.loss(alone)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@torch.no_grad()
+def test_with_every_item_drawn_as_often_the_loss_is_that_of_the_whole_catalogue(times):
+    network = sasrec().network
+    drawn = Negatives(torch.arange(N).repeat(times), torch.full((N * times,), float(times)).log())
+    torch.testing.assert_close(network.loss(batch(LIVES), drawn), network.loss(batch(LIVES)))
 
 
 @torch.no_grad()
@@ -139,11 +148,21 @@ def test_damaged_or_newer_folders_are_refused(tmp_path):
 
 
 def test_bad_settings_and_logs_are_named():
+    for wrong in (
+        [[1.0], [2.0, 3.0]],
+        np.array([["a"]] * N),
+        np.full((N, 2), np.nan),
+        VECTORS[:-1],
+        VECTORS[0],
+    ):
+        with pytest.raises(DataError, match=f"one finite vector for each of {N} items"):
+            SasRec(ITEMS, TINY, wrong)
+    SasRec(ITEMS, TINY, VECTORS.tolist())
     with pytest.raises(ConfigError, match="heads share the width"):
         SasRecConfig(width=10, heads=4)
     with pytest.raises(ConfigError, match="layers is at least 1"):
         SasRecConfig(layers=0)
-    with pytest.raises(DataError, match="3 item vectors for 20 items"):
+    with pytest.raises(DataError, match=r"item vectors of shape \(3, 6\)"):
         SasRec(ITEMS, TINY, VECTORS[:3])
     empty = np.empty(0, np.int32)
     with pytest.raises(DataError, match="without any event"):

@@ -44,24 +44,27 @@ def batch(rows=ROWS, users=None):
     return Batch(item, moment, target, torch.arange(len(rows)) if users is None else users)
 
 
+@pytest.mark.parametrize("uniform", [0, 16])
 @pytest.mark.parametrize("logq", [False, True])
 @torch.no_grad()
-def test_the_loss_is_its_definition(logq):
+def test_the_loss_is_its_definition(logq, uniform):
     """Row 4's target is row 1's too; rows 0 and 3 know each other's targets."""
-    made = make(uniform=0, logq=logq)
+    made = make(uniform=uniform, logq=logq)
     made.network.frequency.update(torch.arange(10).repeat(5))
+    drawn = torch.randint(N, (uniform,), generator=torch.manual_seed(0)).tolist()
+    torch.manual_seed(0)
     losses = made.network.loss(batch())
     vectors = torch.from_numpy(made.vectors())
     target = [item for _, item in ROWS]
-    p = made.network.frequency.probability(torch.tensor(target)).tolist()
+    p = made.network.frequency.probability(torch.tensor(target + drawn)).tolist()
     for r, (past, item) in enumerate(ROWS):
         history = Histories(np.array([0, len(past)]), np.array(past, np.int64), np.arange(len(past)),
                             user=np.array([r]))  # fmt: skip
         user = torch.from_numpy(made.users(history)[0])[0, 0]
         total = own = math.exp(user @ vectors[item] / 0.05)
-        for c, other in enumerate(target):
+        for c, other in enumerate(target + drawn):
             if other != item and other not in past:
-                weight = 1 / ((len(ROWS) - 1) * p[c]) if logq else 1.0
+                weight = 1 / ((len(ROWS) - 1) * p[c] + uniform / N) if logq else 1.0
                 total += math.exp(user @ vectors[other] / 0.05) * weight
         assert losses[r].item() == pytest.approx(-math.log(own / total), rel=1e-3, abs=1e-4)
 
@@ -199,6 +202,7 @@ def test_bad_settings_are_named():
         {"hidden": 0},
         {"rate": 0.0},
         {"temperature": float("nan")},
+        {"temperature": math.inf},
     ):
         with pytest.raises(ConfigError, match="The temperature is above 0"):
             make(**wrong)

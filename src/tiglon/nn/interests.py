@@ -64,6 +64,8 @@ def label_aware(interests_BKD: Tensor, present_BK: Tensor, target_BD: Tensor, po
     if math.isinf(power):
         best = score_BK.masked_fill(~present_BK, HIDDEN).argmax(dim=1)
         return interests_BKD[torch.arange(len(best)), best]
+    most = 1e30 ** (1 / max(power, 1))  # whose power float32 still holds
+    score_BK = score_BK.clamp(-most, most)
     if power == 0:
         raised = torch.zeros_like(score_BK)
     else:

@@ -32,7 +32,7 @@ from tiglon.data.features import ITEM, Buckets, FittedFeatures
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore, offsets_of
 from tiglon.data.ranking import NEXT_BASKET, Lives, RankingTask
-from tiglon.errors import BundleDamagedError, ConfigError, DataError, did_you_mean
+from tiglon.errors import BundleDamagedError, ConfigError, DataError, did_you_mean, require_counts
 from tiglon.evaluation.ranking import RankingEvaluation, gauc, measure
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.cluster_store import ClusterStore
@@ -78,9 +78,7 @@ class LifelongConfig:
         ):
             if name not in (NONE, *known):
                 raise ConfigError(f"no {kind} named '{name}'", fix=did_you_mean(name, [*known, NONE]))
-        for name in ("requests", "validation_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "requests", "validation_requests")
         if self.longest is not None and self.longest < 1:
             raise ConfigError(
                 f"longest={self.longest}", rule="At least one behaviour is read", fix="Pass None for all"

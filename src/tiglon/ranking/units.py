@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tiglon.errors import ConfigError, did_you_mean
+from tiglon.errors import ConfigError, did_you_mean, require_counts
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.bst import BST
 from tiglon.ranking.can import CAN
@@ -37,9 +37,7 @@ class UnitConfig:
     slots: int = 8  # MIMN: of its memory, and channels; paper: 4 to 8
 
     def __post_init__(self) -> None:
-        for name in ("heads", "head_width", "width", "chosen", "bits", "slots"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "heads", "head_width", "width", "chosen", "bits", "slots")
         if self.l2 < 0:
             raise ConfigError(f"l2={self.l2}", rule="l2 is 0 or above")
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError, DataError, require_counts, require_weights
 from tiglon.nn.interests import label_aware, route
 from tiglon.nn.transformer import HIDDEN, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
@@ -59,11 +59,8 @@ class ComiRecConfig(DenseConfig):
         super().__post_init__()
         if self.extractor not in ("dr", "sa"):
             raise ConfigError(f"extractor={self.extractor!r}", rule="The extractor is 'dr' or 'sa'")
-        for name in ("interests", "iterations", "attention"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
-        if not self.disagreement >= 0:
-            raise ConfigError(f"disagreement={self.disagreement}", rule="It is at least 0")
+        require_counts(self, "interests", "iterations", "attention")
+        require_weights(self, "disagreement")
 
 
 class DynamicRouting(nn.Module):
@@ -213,4 +210,5 @@ def aggregate(
         gained.append(gain[best])
         gain[category == category[best]] -= weight
         gain[best] = -np.inf
-    return np.array(chosen, np.int64), np.array(gained, np.float32)
+    lowest = np.finfo(np.float32).min  # of a weight that float32 cannot hold
+    return np.array(chosen, np.int64), np.maximum(gained, lowest).astype(np.float32)

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import BundleDamagedError, ConfigError, DataError
+from tiglon.errors import BundleDamagedError, DataError, require_counts, require_dropout
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.index import ExactIndex, FaissIndex, Index, empty_faiss, merge, most_alike
 from tiglon.retrieval.repetition import padded
-from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.softmax import UnigramSampler
 from tiglon.retrieval.topk import require_dense, tie_order
 from tiglon.retrieval.towers import DenseNetwork, Past
@@ -56,11 +56,8 @@ class DenseConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5))
 
     def __post_init__(self) -> None:
-        for name in ("width", "window", "batch_targets", "negatives", "validation_users"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}", rule="dropout lies in 0 … 1, 1 excluded")
+        require_counts(self, "width", "window", "batch_targets", "negatives", "validation_users")
+        require_dropout(self)
         if self.index:
             empty_faiss(self.width, self.index)
 
@@ -77,13 +74,8 @@ class DenseRetriever(Retriever):
         self, items: Vocabulary, config: DenseConfig | None = None, vectors: np.ndarray | None = None
     ) -> None:
         """vectors: (N, C) of the items' content; None for ids alone."""
-        if vectors is not None and len(vectors) != len(items):
-            raise DataError(f"{len(vectors)} item vectors for {len(items)} items")
-        if vectors is not None and (np.ndim(vectors) != 2 or not np.isfinite(vectors).all()):
-            raise DataError(
-                f"item vectors of shape {np.shape(vectors)}, {int((~np.isfinite(vectors)).sum())} numbers not finite",
-                rule="Vectors are (items, width) and finite",
-            )
+        if vectors is not None:
+            vectors = item_matrix(vectors, len(items))
         self.items, self.config = items, config or self.Config()
         torch.manual_seed(self.config.train.seed)
         self.network = self._network(vectors).eval()

@@ -33,6 +33,11 @@ Deviations:
   that the decoder then chooses among all items at once: with 256 means to choose from first it learned less
   in the same time (docs/log.md);
 - both tasks learn from a quarter of each step's rows, drawn anew: they cost as much as all else;
+- of the codes to recognise at least one is replaced, or true ones would now and then be called false; InfoNCE draws its items
+  once for a batch, not for each target;
+- what SGT reads of a code is its own vector, without those of its prefix: it teaches these alone. Its cross-attention has a
+  single key, the summary, so one layer is a linear map of it;
+- candidates are ranked by both streams (the paper's way is `ranking="own"`); a beam has 50 places or k, the larger;
 - fewer and wider layers (`EagerConfig`), sized for a CPU.
 
 Letters: B users, L history, N items, C width of item vectors, T targets, S code positions, V codes a position,
@@ -59,7 +64,7 @@ from torch import Tensor
 
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError, DataError, require_counts, require_weights
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.behaviour import co_occurrence_vectors
@@ -67,7 +72,7 @@ from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, St
 from tiglon.retrieval.index import ExactIndex, most_alike
 from tiglon.retrieval.prefixes import centred
 from tiglon.retrieval.repetition import Returns, shares
-from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.topk import require_dense, tie_keys
@@ -104,9 +109,7 @@ class EagerConfig:
     validation_users: int = 2000  # drawn by the seed; the score that selects is their NDCG@10
 
     def __post_init__(self) -> None:
-        for name in ("window", "batch_targets", "beams", "validation_users"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "window", "batch_targets", "beams", "validation_users")
         if not 0 < self.task_share <= 1:
             raise ConfigError(f"task_share={self.task_share}", rule="It lies in 0 … 1 without 0")
         if self.branches < 2:
@@ -115,10 +118,7 @@ class EagerConfig:
             raise ConfigError(
                 f"streams={self.streams}", rule=f"({BEHAVIOUR!r}, {SEMANTIC!r}), or one of them"
             )
-        if not (self.contrast >= 0 and self.transfer >= 0):
-            raise ConfigError(
-                f"contrast={self.contrast}, transfer={self.transfer}", rule="A weight is at least 0"
-            )
+        require_weights(self, "contrast", "transfer")
         choices = {"contrast_loss": ("smooth-l1", "info-nce"), "ranking": ("own", "both")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -153,16 +153,17 @@ def eager_ids(
     """
     config = config or EagerConfig()
     made = {}
-    require_vectors(vectors, items, config)
-    for name in config.streams:
-        codes = balanced_codes(vectors[name], items, config.branches, seed=config.train.seed)
+    for name, rows in _matrices(vectors, items, config).items():
+        codes = balanced_codes(rows, items, config.branches, seed=config.train.seed)
         *sizes, last = (int(size) for size in codes.max(axis=0, initial=0) + 1)
         made[name] = SemanticIds(codes, (*sizes, 2 * last), np.ones(len(items), bool))
     return made
 
 
-def require_vectors(vectors: Mapping[str, np.ndarray], items: Vocabulary, config: EagerConfig) -> None:
-    """Raise DataError unless every stream has a finite vector for each item."""
+def _matrices(
+    vectors: Mapping[str, np.ndarray], items: Vocabulary, config: EagerConfig
+) -> dict[str, np.ndarray]:
+    """By stream (N, C) float32. Raises DataError unless every stream has a finite vector for each item."""
     for name in config.streams:
         if name not in vectors:
             raise DataError(
@@ -170,12 +171,7 @@ def require_vectors(vectors: Mapping[str, np.ndarray], items: Vocabulary, config
                 rule=f"EAGER has the streams {', '.join(config.streams)}",
                 fix=f'Add vectors["{name}"], or leave the stream out of EagerConfig.streams',
             )
-        rows = vectors[name]
-        if np.ndim(rows) != 2 or len(rows) != len(items) or not np.isfinite(rows).all():
-            raise DataError(
-                f"vectors of {name} of shape {np.shape(rows)}, {int((~np.isfinite(rows)).sum())} numbers not finite",
-                rule=f"There is one finite vector for each of {len(items)} items",
-            )
+    return {name: item_matrix(vectors[name], len(items), f"vectors of {name}") for name in config.streams}
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,20 +233,22 @@ class Eager(Retriever):
         """
         self.config = config or EagerConfig()
         self.items = items
-        if tuple(ids) != self.config.streams:
-            raise DataError(f"codes of {tuple(ids)}", rule=f"The streams are {self.config.streams}")
+        if set(ids) != set(self.config.streams):
+            raise DataError(
+                f"codes of {', '.join(ids) or 'nothing'}",
+                rule=f"The streams are {', '.join(self.config.streams)}",
+                fix="Make them by eager_ids(vectors, items, config)",
+            )
+        ids = {name: ids[name] for name in self.config.streams}
         self.fitted_items = len(items)
         self.frozen: dict[str, np.ndarray] | None = None  # what GCT pulls towards, while learning
         for name, system in ids.items():
             if len(system) != len(items):
                 raise DataError(f"{len(system)} semantic IDs of {name} for {len(items)} items")
+        self.vectors: dict[str, np.ndarray] = {}  # (n, C) of the fitted items
         if vectors is not None:
-            require_vectors(vectors, items, self.config)
-        self.vectors = {  # (n, C) of the fitted items
-            name: np.ascontiguousarray(vectors[name], np.float32) for name in ids if vectors is not None
-        }
-        if vectors is not None:
-            self.frozen = {name: centred(vectors[name], vectors[name].mean(axis=0)) for name in ids}
+            self.vectors = vectors = _matrices(vectors, items, self.config)
+            self.frozen = {name: centred(rows, rows.mean(axis=0)) for name, rows in vectors.items()}
         self.systems = {name: CodeSystem(system) for name, system in ids.items()}
         self._assemble({name: rows.shape[1] for name, rows in self.vectors.items()}, vectors)
 

@@ -5,7 +5,7 @@
 An item counts once, by the best of a user's interests. What a user has seen and what nobody may get is left
 out inside the search, so that k items come back wherever the catalogue has them. `ExactIndex` computes every
 product, a block of items at a time, and is what all others are measured by; `FaissIndex` answers the same call
-from any index of faiss (`pip install 'tiglon[faiss]'`).
+from any index of faiss (`pip install 'tiglon[faiss]'`), with fewer items where that looks at too few.
 
 Letters: B users, K interests, N items, D width, n items of a block.
 """
@@ -117,8 +117,8 @@ class ExactIndex:
 
 
 class FaissIndex:
-    """vectors: (N, D) float32.   factory: which index, in the words of faiss's `index_factory`; what needs
-    training is trained on the vectors.
+    """vectors: (N, D) float32.   factory: which index, in the words of faiss's `index_factory`, and after a blank
+    how it searches, "HNSW32 efSearch=64" or "IVF256,Flat nprobe=32"; what needs training is trained on the vectors.
 
     A list of each interest is asked for, longer ones until k items are left of each, then they are merged.
     With "Flat" the answer is the exact one, but for ties.
@@ -191,11 +191,16 @@ def empty_faiss(width: int, factory: str) -> Any:
     try:
         if links and int(links[1]) < 2:
             raise RuntimeError("HNSW has at least two links an item")  # faiss ends the process
-        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        kind, _, search = factory.partition(" ")
+        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        if re.search(r"=\s*(0|-)", search):
+            raise RuntimeError(f"{search}: a search looks at one thing at least")
+        faiss.ParameterSpace().set_index_parameters(index, search)  # type: ignore[arg-type]  # stubs: int
+        return index
     except RuntimeError as error:
         raise ConfigError(
             f"an index '{factory}' of vectors {width} wide: {error}",
-            rule="It is named in the words of faiss's index_factory",
+            rule="It is named in the words of faiss's index_factory, and after a blank nprobe=… or efSearch=…",
             fix="Take HNSW32, or leave the index out for the exact search",
         ) from error
 
@@ -235,6 +240,10 @@ def _once(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _finite(vectors: np.ndarray, what: str) -> np.ndarray:
     if what == "item vectors" and not len(vectors):
         raise DataError("an index of no items", rule="There is something to search")
+    if what == "item vectors" and vectors.ndim != 2:
+        raise DataError(
+            f"item vectors of shape {vectors.shape}", rule="An index takes a matrix (items, width)"
+        )
     if vectors.dtype != np.float32 or not np.isfinite(vectors).all():
         raise DataError(
             f"{what} of type {vectors.dtype}, {int((~np.isfinite(vectors)).any(axis=-1).sum())} not finite",
@@ -263,8 +272,11 @@ def _checked(
         )
     if present is None:
         present = np.ones(interests.shape[:2], bool)
-    if present.shape != interests.shape[:2]:
-        raise DataError(f"presence of shape {present.shape} for interests of shape {interests.shape}")
+    if present.shape != interests.shape[:2] or present.dtype != bool:
+        raise DataError(
+            f"presence of shape {present.shape} and type {present.dtype} for interests of shape {interests.shape}",
+            rule="present is one bool for each interest of each user",
+        )
     if seen is not None:
         if len(seen) != len(interests):
             raise DataError(f"seen items of {len(seen)} users for interests of {len(interests)}")

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, require_weights
 from tiglon.nn.interests import label_aware, route
 from tiglon.nn.transformer import Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
@@ -47,7 +47,7 @@ class MindConfig(DenseConfig):
     interests: int = 4  # K; paper: 5 to 7
     iterations: int = 3  # paper: 3
     sigma: float = 1.0  # standard deviation of the first logits
-    squash: float = 1.0  # its power; paper: 1
+    squash: float = 1.0  # its power, 0 … 1; paper: 1
     power: float = 2.0  # of the label-aware attention: 0 the mean … math.inf the best alone
     hidden: int = 512  # of the network above a capsule
     users: int = 0  # buckets of users; 0: known by their history alone
@@ -68,11 +68,9 @@ class MindConfig(DenseConfig):
                 rule="The power is 0, 1 … 16 or math.inf",
                 fix="Take math.inf for the best interest alone",
             )
-        if not (self.squash >= 0 and self.sigma >= 0 and self.disagreement >= 0):
-            raise ConfigError(
-                f"squash={self.squash}, sigma={self.sigma}, disagreement={self.disagreement}",
-                rule="All are at least 0",
-            )
+        require_weights(self, "sigma", "squash", "disagreement")
+        if self.squash > 1:
+            raise ConfigError(f"squash={self.squash}", rule="The power of squash lies in 0 … 1")
 
 
 class MindNetwork(InterestNetwork):
@@ -120,7 +118,7 @@ class Mind(DenseRetriever):
 
 def number_of_interests(behaviours: Tensor, most: int) -> Tensor:
     """(B,) K' = max(1, min(K, ⌊log₂ n⌋)) of n behaviours (B,)."""
-    powers = 2 ** torch.arange(1, most + 1)
+    powers = 2 ** torch.arange(1, min(most, 62) + 1)
     return (behaviours[:, None] >= powers).sum(dim=1).clamp(min=1)
 
 

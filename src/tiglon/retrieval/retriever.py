@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, DataError
 from tiglon.types import MISSING, Candidates, Histories, Vocabulary
 
 
@@ -42,11 +42,11 @@ class Retriever(abc.ABC):
         """(raw item id, score) lists, best first, for known users or for given histories.
 
         users: raw user ids, whose stored histories are read.
-        history: instead of or beside `users`, one list of raw item ids a user, oldest first; unknown
-            items are skipped.
-        Raises UnknownIdError for a user that the log does not have, ConfigError for a bad k.
+        history: instead of `users`, one list of raw item ids a user, oldest first; unknown items are skipped.
+        Raises UnknownIdError for a user that the log does not have, ConfigError for a bad k and for both.
         """
         require_k(k)
+        require_one(users, history)
         if history is not None:
             dense = [self.items.encode(items) for items in history]
             histories = Histories.of([items[items != MISSING] for items in dense])
@@ -80,7 +80,30 @@ def raw_lists(found: Candidates, items: Vocabulary) -> list[list[tuple[Any, floa
     ]
 
 
+def require_one(users: object, history: object) -> None:
+    """Raise ConfigError for users and histories at once: which of two lives counts?"""
+    if users is not None and history is not None:
+        raise ConfigError(
+            "users and a history", rule="A stored life is read, or a given one", fix="Pass one of them"
+        )
+
+
 def require_k(k: int) -> None:
     """Raise ConfigError unless k is a positive number of candidates."""
-    if not isinstance(k, (int, np.integer)) or k < 1:
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"k of {k!r}", rule="k is a whole number of at least 1")
+
+
+def item_matrix(vectors: Any, items: int, what: str = "item vectors") -> np.ndarray:
+    """Vectors as (N, C) float32. Raises DataError unless there is a finite one for each of `items`."""
+    rule = f"There is one finite vector for each of {items} items, all of one width"
+    try:
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(vectors, np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} that are no matrix of numbers", rule=rule) from error
+    if rows.ndim != 2 or len(rows) != items or not np.isfinite(rows).all():
+        strange = int((~np.isfinite(rows)).sum())
+        also = f" with {strange} numbers that are not finite" if strange else ""
+        raise DataError(f"{what} of shape {rows.shape}{also}", rule=rule)
+    return rows

@@ -14,6 +14,7 @@ Deviations:
   over 8,192 drawn ones, corrected (`softmax.py`);
 - relative biases over moments rather than absolute positions; events of one moment (a basket) see each other
   but no target of their own moment; T5's blocks (pre-norm, RMSNorm);
+- a matrix between state and product; where the last moment is a basket, the state is the mean over it;
 - a start state, so that first events are targets too and an empty history has an answer;
 - what one had before is likelier or less likely by a learned weight (`repetition`);
 - with `vectors`, an item's vector is its own plus its content through one projection that begins as the
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, require_counts
 from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import Dropout, EncoderLayer, Linear
 from tiglon.retrieval.dense import DenseConfig, DenseRetriever
@@ -57,9 +58,7 @@ class SasRecConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "heads", "hidden", "distances"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "layers", "heads", "hidden", "distances")
         if self.width % self.heads:
             raise ConfigError(f"width={self.width}, heads={self.heads}", rule="The heads share the width")
 

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from tiglon.data.folders import reading, written_aside
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError, DataError, require_counts
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import beam_search
 from tiglon.retrieval.index import most_alike
 from tiglon.retrieval.repetition import Returns, shares
-from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
 from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
@@ -54,9 +54,7 @@ class TigerConfig:
     validation_users: int = 3000  # drawn by the seed; the score that selects is their NDCG@10
 
     def __post_init__(self) -> None:
-        for name in ("window", "batch_targets", "beams", "validation_users"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "window", "batch_targets", "beams", "validation_users")
 
 
 class Tiger(Retriever):
@@ -85,10 +83,10 @@ class Tiger(Retriever):
         self.ids, self.items = ids, items
         self.trie = Trie.build(ids.codes, ids.sizes, ids.alive)
         self.trained = ids.alive.copy() if trained is None else trained
-        if vectors is not None and len(vectors) != len(ids):
-            raise DataError(f"{len(vectors)} item vectors for {len(ids)} semantic IDs")
+        if vectors is not None:
+            vectors = item_matrix(vectors, len(ids))
         self.fitted_items = len(ids)
-        self._digest = None if vectors is None else zlib.crc32(np.ascontiguousarray(vectors).tobytes())
+        self._digest = None if vectors is None else zlib.crc32(vectors.tobytes())
         torch.manual_seed(self.config.train.seed)
         self.network: CausalTiger | PaperTiger = (
             PaperTiger(ids.sizes, self.config.model)

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiglon.errors import require_counts, require_dropout
 from tiglon.nn.moments import START, MomentBias, latest
 from tiglon.nn.transformer import HIDDEN, DecoderLayer, Dropout, EncoderLayer, KeysValues
 from tiglon.retrieval.prefixes import Prefixes
@@ -63,6 +64,11 @@ class CausalConfig:
     prefixes: bool = True  # vectors of their own for the prefixes of trained items; paper: none
     content: bool = True  # and of the content of the items below; paper: none
     pairs: int = 16_384  # predict the first two codes together if no more pairs of them exist; paper: 0
+
+    def __post_init__(self) -> None:
+        counts = ("width", "heads", "head_width", "hidden", "encoder_layers", "decoder_layers", "distances")
+        require_counts(self, *counts)
+        require_dropout(self)
 
 
 class Memory(NamedTuple):

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiglon.errors import require_counts, require_dropout
 from tiglon.nn.transformer import (
     HIDDEN,
     PADDING,
@@ -48,6 +49,10 @@ class PaperConfig:
     dropout: float = 0.1  # paper: 0.1
     user_tokens: int = 0  # paper: 2,000, users hashed onto them
     separators: bool = False  # paper: none
+
+    def __post_init__(self) -> None:
+        require_counts(self, "width", "heads", "head_width", "hidden", "encoder_layers", "decoder_layers")
+        require_dropout(self)
 
 
 class Memory(NamedTuple):

@@ -33,6 +33,7 @@ Letters: B users, L history, D width, T targets, C candidates.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,11 +68,11 @@ class TwoTowerConfig(DenseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = min(self.uniform, self.bank, self.users) >= 0 and min(self.ages, self.hidden) >= 1
-        if not (self.temperature > 0 and 0 < self.rate <= 1 and counts):
+        if not (0 < self.temperature < math.inf and 0 < self.rate <= 1 and counts):
             raise ConfigError(
                 f"temperature={self.temperature}, uniform={self.uniform}, bank={self.bank}, users={self.users}, "
                 f"ages={self.ages}, hidden={self.hidden}, rate={self.rate}",
-                rule="The temperature is above 0, the rate lies in 0 … 1 without 0, uniform, bank and users are "
+                rule="The temperature is above 0 and finite, the rate lies in 0 … 1 without 0, uniform, bank and users are "
                 "at least 0, ages and hidden at least 1",
             )
 
@@ -151,6 +152,9 @@ class TwoTower(DenseRetriever):
 
     def _network(self, content: np.ndarray | int | None) -> TwoTowerNetwork:
         return TwoTowerNetwork(len(self.items), self.config, content)
+
+    def _samples(self) -> bool:
+        return False  # a batch has its own negatives
 
     def _learn_last(self, targets: Targets) -> None:
         """Whether people come back, with all else as it is."""

@@ -58,7 +58,7 @@ from tiglon.retrieval.comirec import ComiRec
 from tiglon.retrieval.eager import Eager
 from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum, Popularity, Repeats
-from tiglon.retrieval.retriever import Retriever, require_k
+from tiglon.retrieval.retriever import Retriever, require_k, require_one
 from tiglon.retrieval.sasrec import SasRec
 from tiglon.retrieval.tiger import Tiger
 from tiglon.retrieval.two_tower import TwoTower
@@ -219,6 +219,7 @@ class Bundle:
         from tiglon.serving.messages import RecommendRequest
 
         require_k(k)
+        require_one(users, history)
         if history is not None:
             asked: list[dict[str, Any]] = [{"history": [_plain(i) for i in items]} for items in history]
         elif users is not None:

@@ -36,7 +36,7 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError, DataError, require_counts
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -65,9 +65,7 @@ class FunnelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "dense", "generated"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}", rule=f"{name} is at least 1")
+        require_counts(self, "candidates", "dense", "generated")
         if self.users < 2:
             raise ConfigError(f"users={self.users}", rule="Half of the users learn, the others select")
 
