@@ -228,6 +228,80 @@ def test_gradients_are_finite_and_reach_every_parameter(switch, bfloat16):
 # -- tasks -------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_the_total_weighs_each_task():
+    lives, weights = batch(LIVES), {"contrast": 0.5, "transfer": 3.0}
+    plain, weighted = eager(), eager(**weights)
+    torch.manual_seed(0)  # what is hidden is drawn
+    parts = plain.losses(lives)
+    torch.manual_seed(0)
+    total = weighted.loss(lives)
+    expected = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+    assert parts.keys() == {*BOTH, *weights}
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("contrast_loss", ["smooth-l1", "info-nce"])
+@torch.no_grad()
+def test_summaries_are_pulled_towards_the_next_item(contrast_loss):
+    """To its centred vector, of length √C; InfoNCE sets it against drawn items, without those that are itself."""
+    made, guesses = eager(contrast_loss=contrast_loss), {}
+    targets = [item for life in LIVES for item, _ in life]
+    for name, summary in made.network.tasks.summaries.items():
+        summary.project.register_forward_hook(
+            lambda _, given, guess, name=name: guesses.update({name: guess.numpy()})
+        )
+    torch.manual_seed(0)
+    drawn = torch.randint(N, (256,)).tolist()
+    torch.manual_seed(0)
+    found = made.losses(batch(LIVES))["contrast"]
+    expected = np.zeros(len(found))
+    for name, rows in VECTORS.items():
+        rows = rows - rows.mean(axis=0)
+        rows *= rows.shape[1] ** 0.5 / np.linalg.norm(rows, axis=1, keepdims=True)
+        for at, item in enumerate(targets):
+            guess = guesses[name][at]
+            if contrast_loss == "smooth-l1":
+                gap = np.abs(guess - rows[item])
+                expected[at] += np.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+            else:
+                cosine = rows @ guess / np.linalg.norm(rows, axis=1) / np.linalg.norm(guess)
+                e = np.exp(cosine / 0.3)
+                expected[at] -= np.log(e[item] / (e[item] + sum(e[i] for i in drawn if i != item)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_transfer_rebuilds_hidden_codes_and_tells_true_ones_from_replaced():
+    """The decoder reads codes with some hidden, then true and replaced ones; the loss is that of what it reads."""
+    made, read = eager(), []
+    stream, transfer = made.network.streams["behaviour"], made.network.tasks.transfer
+    codes = made.systems["behaviour"].codes.repeat(3, 1)
+    T, S = codes.shape
+    torch.manual_seed(0)
+    guide = torch.randn(T, MODEL.width)
+    hook = transfer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    found = transfer.loss(stream, codes, guide)
+    hook.remove()
+    covered, shown = read
+    tables = [stream.code_vectors(s) for s in range(S)]
+    true = torch.stack([tables[s][codes[:, s]] * MODEL.width**0.5 for s in range(S)], dim=1)
+
+    hidden = (covered == transfer.hidden).all(dim=2)
+    assert abs(hidden.float().mean() - 0.5) < 0.15
+    assert torch.equal(covered[~hidden], true[~hidden])
+    assert torch.equal(shown[:T], true)
+    assert (shown[T:] != true).flatten(1).any(dim=1).all()
+    states = transfer(covered, guide)[:, 1:]
+    is_true = transfer.recognise(transfer(shown, guide.repeat(2, 1))[:, 0])[:, 0].sigmoid()
+    for t in range(T):
+        expected = -is_true[t].log() - (1 - is_true[T + t]).log()
+        for s in range(S):
+            if hidden[t, s]:
+                expected -= (tables[s] @ states[t, s]).softmax(dim=0)[codes[t, s]].log()
+        torch.testing.assert_close(found[t], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_transfer_teaches_behaviour_and_leaves_semantics_alone():
     made = eager()
     found = gradients(made, made.losses(batch(LIVES))["transfer"].sum())
@@ -309,6 +383,29 @@ def test_scores_are_confidences_as_documented(ranking, switch):
         expected = parts.max(axis=0) if ranking == "own" else parts.sum(axis=0)
         np.testing.assert_array_equal(np.sort(found.item[row]), np.arange(N))
         np.testing.assert_allclose(found.score[row], expected[found.item[row]], atol=1e-4)
+
+
+@pytest.mark.parametrize("ranking", ["own", "both"])
+def test_narrow_beams_rank_what_either_of_them_found(ranking):
+    """By scores of all items: a beam of 6 keeps all 6 clusters, and then the 6 best of the unseen items."""
+    made = eager(ranking=ranking, beams=6)
+    found = made.retrieve(HISTORIES, 6)
+    times = set()  # in how many beams an answer is
+    for row, life in enumerate(HISTORIES):
+        parts = list(log_p(made, life[-10:].tolist()).values())
+        unseen = sorted(set(range(N)) - set(life.tolist()))
+        beams = [sorted(unseen, key=lambda item, part=part: -part[item])[:6] for part in parts]
+        score = {}
+        for item in {*beams[0], *beams[1]}:
+            if ranking == "own":
+                score[item] = max(part[item] for part, beam in zip(parts, beams, strict=True) if item in beam)
+            else:
+                score[item] = parts[0][item] + parts[1][item]
+        best = sorted(score, key=lambda item: -score[item])[:6]
+        assert found.item[row].tolist() == best
+        np.testing.assert_allclose(found.score[row], [score[item] for item in best], atol=1e-4)
+        times.update(sum(item in beam for beam in beams) for item in best)
+    assert times == {1, 2}
 
 
 def test_three_levels_of_codes_decode_as_they_are_trained():
@@ -654,11 +751,11 @@ def test_bad_settings_and_input_are_named():
         EagerConfig(beams=0)
     with pytest.raises(ConfigError, match=r"streams=\('text',\)"):
         EagerConfig(streams=("text",))
-    with pytest.raises(ConfigError, match="A weight is at least 0"):
+    with pytest.raises(ConfigError, match="is at least 0 and finite"):
         EagerConfig(transfer=-1.0)
     with pytest.raises(ConfigError, match=r"ranking='best'\. ranking is one of"):
         EagerConfig(ranking="best")
-    with pytest.raises(ConfigError, match="A weight is at least 0"):
+    with pytest.raises(ConfigError, match="is at least 0 and finite"):
         EagerConfig(contrast=float("nan"))
     with pytest.raises(ConfigError, match="A level has at least 2 clusters"):
         EagerConfig(branches=1)
@@ -678,7 +775,7 @@ def test_bad_settings_and_input_are_named():
         lambda vectors: Eager(ids, ITEMS, vectors=vectors),
     ):
         with pytest.raises(
-            DataError, match=r"numbers not finite\. There is one finite vector for each of 24"
+            DataError, match=r"that are not finite\. There is one finite vector for each of 24"
         ):
             make(holes)
         with pytest.raises(DataError, match=r'vectors of behaviour\. .*Add vectors\["semantic"\]'):
