@@ -192,6 +192,19 @@ def test_untrained_and_with_content_it_finds_what_is_alike_new_items_too():
     np.testing.assert_array_equal(found, [i for i in np.argsort(-cosine, kind="stable") if i != 7])
 
 
+def test_attributes_are_columns_of_content():
+    """Four colours, and users who stay with one: a new item is for those who like its colour, and for nobody else."""
+    random = np.random.default_rng(0)
+    colour = np.arange(N) % 4
+    lives = (random.integers(0, 4, (200, 1)) + 4 * random.integers(0, N // 4, (200, 8))).astype(np.int32)
+    who, when = np.repeat(np.arange(200), 8).astype(np.int32), np.tile(np.arange(8), 200)
+    log = Interactions(who, lives.ravel(), when, Vocabulary([f"u{i}" for i in range(200)]), ITEMS)
+    learned = make(np.eye(4, dtype=np.float32)[colour]).fit(log)
+    learned.add_items(Vocabulary([*ITEMS.raw.to_pylist(), "new, of colour 2"]), np.eye(4)[[2]])
+    found = learned.retrieve(Histories.of([[i, i + 4] for i in range(4)]), 5).item
+    assert [N in row for row in found] == [False, False, True, False]
+
+
 def test_bad_settings_are_named():
     for wrong in (
         {"temperature": 0.0},

@@ -13,7 +13,8 @@ chooses among items, not an item among users.
 
 User tower: the history, read with the items' vectors, attended to by content and by age; beside it the latest
 moment and, on request, a hash of who the user is; a two-layer network on top of their sum.
-Item tower: a vector of its own plus its content (text, behaviour) through one projection.
+Item tower: a vector of its own plus its content (text, behaviour, attributes) through one projection. A column of
+content that is 1 where an item has an attribute is that attribute's embedding there.
 
 Deviations:
 - negatives are the batch's other targets together with `uniform` drawn items, so that items without events are
