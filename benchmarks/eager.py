@@ -3,10 +3,10 @@
     python benchmarks/eager.py DATA/amazon2014-beauty --out runs/eager-beauty --minutes 20 [--seed 0]
                                [--threads 2] [--rows eager,tiger] [--set transfer=0.5]
 
-Rows: EAGER, without either task and without both, with the released code's InfoNCE, each stream alone, and the
-released code's ranking against the paper's on the same weights; TIGER by `--recipe`. Behaviour vectors are
-learned once, for a fifth of the minutes (`--behaviour-minutes`), and every row that reads them has as many
-minutes less. Text is the title (twice), brand and categories, for EAGER alone; TIGER's IDs know co-occurrence, too.
+Rows: EAGER, without either task and without both, with the released code's InfoNCE, with behaviour vectors of a DIN as in
+the paper, each stream alone, and the released code's ranking against the paper's on the same weights; TIGER by
+`--recipe`. Behaviour vectors are learned once, for a fifth of the minutes (`--behaviour-minutes`), and every row that
+reads them has as many minutes less. Text is the title (twice), brand and categories, for EAGER alone; TIGER's IDs know co-occurrence, too.
 
 Weights are selected on the validation; the test is read once a row, on all users, seen items masked and not.
 Every row keeps its checkpoints and its result.json in --out, and a row that has one is not run again: a killed
@@ -18,26 +18,31 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from machine import machine, machine_line
 from rich.console import Console
 from tiger import Printer, arguments, changes_of, item_vectors, measure, prepare, recipe_of
 from tiger import run as run_tiger
 
+from tiglon.data.features import ITEM, Feature, FeatureSchema, fit
+from tiglon.data.ranking import BasketConfig, next_basket
 from tiglon.data.sources import tables
 from tiglon.data.split import Split
 from tiglon.errors import ConfigError, did_you_mean
+from tiglon.ranking.model import LifelongConfig, LifelongRanker
+from tiglon.ranking.ranker import RankerConfig
 from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_ids
 from tiglon.retrieval.sasrec import SasRecConfig
 from tiglon.train.checkpoint import write_text
 from tiglon.train.loop import TrainConfig
-from tiglon.types import Items
+from tiglon.types import Interactions, Items
 
 ROWS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -45,10 +50,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "without transfer": {"transfer": 0.0},
     "without tasks": {"contrast": 0.0, "transfer": 0.0},
     "info-nce": {"contrast_loss": "info-nce"},
+    "din vectors": {},
     "behaviour alone": {"streams": ("behaviour",)},
     "semantic alone": {"streams": ("semantic",)},
 }
-TIGER = "tiger"
+TIGER, DIN = "tiger", "din vectors"
 
 
 def main() -> None:
@@ -73,7 +79,8 @@ def main() -> None:
         raise ConfigError(
             f"{first:g} of {given.minutes:g} minutes for behaviour vectors", rule="Fewer than all"
         )
-    vectors = item_matrices(split, items, first, given.seed, given.out / "vectors", console)
+    folder = given.out / "vectors"
+    vectors = item_matrices(split, items, first, given.seed, folder, console)
     results: dict[str, dict[str, Any]] = {}
     for row in rows:
         out = given.out / row.replace(" ", "-")
@@ -92,7 +99,11 @@ def main() -> None:
         epochs = min(15, max(2, 1_000_000 // len(split.train)))  # as the recipe of TIGER plans them
         plan = replace(config.train, epochs=epochs, minutes=budget, seed=given.seed)
         config = replace(config, train=plan)
-        results[row] = run_row(split, items, vectors, config, out, given, console)
+        read = vectors
+        if row == DIN:
+            learned = kept(folder / "din.npy", din_vectors, split.train, first, given.seed, folder, console)
+            read = vectors | {"behaviour": learned}
+        results[row] = run_row(split, items, read, config, out, given, console)
     report(results, given.folder.name, given.minutes, "validation" if given.no_test else "test", console)
     (given.out / "result.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
@@ -123,19 +134,52 @@ def item_matrices(
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of("tiger", len(split.train), items, {"ids.behaviour": "0"})
     text, semantic = item_vectors(split.train, items, recipe)
-    path, about = folder / "behaviour.npy", folder / "behaviour.json"
+    console.print(f"semantics: {text.described()}")
+    learned = kept(folder / "behaviour.npy", sasrec_vectors, split.train, minutes, seed, folder, console)
+    return {"behaviour": learned, "semantic": semantic}
+
+
+Learned = Callable[[Interactions, float, int, Path, Printer], np.ndarray]
+
+
+def kept(
+    path: Path, learn: Learned, log: Interactions, minutes: float, seed: int, folder: Path, console: Console
+) -> np.ndarray:
+    """Behaviour vectors, from the file where they are there already."""
+    about = path.with_suffix(".json")
     if not about.is_file():
-        console.print(
-            f"behaviour vectors: SASRec on ids for {minutes:g} minutes; semantics: {text.described()}"
-        )
-        config = SasRecConfig(train=TrainConfig(epochs=10, minutes=minutes, evaluations=1, seed=seed))
-        rows = behaviour_vectors(split.train, config, directory=folder / "run", report=Printer(console))
-        np.save(path, rows)
+        console.print(f"{path.stem} vectors, {minutes:g} minutes")
+        np.save(path, learn(log, minutes, seed, folder / f"{path.stem} run", Printer(console)))
         write_text(about, json.dumps({"seed": seed, "minutes": minutes}))
     known = json.loads(about.read_text(encoding="utf-8"))
     if known != {"seed": seed, "minutes": minutes}:
         raise ConfigError(f"vectors of another run in {folder}", fix="Choose another --out")
-    return {"behaviour": np.load(path), "semantic": semantic}
+    return np.load(path)
+
+
+def sasrec_vectors(log: Interactions, minutes: float, seed: int, run: Path, report: Printer) -> np.ndarray:
+    """(N, C), as `tiglon train` has them."""
+    config = SasRecConfig(train=TrainConfig(epochs=10, minutes=minutes, evaluations=1, seed=seed))
+    return behaviour_vectors(log, config, directory=run, report=report)
+
+
+def din_vectors(log: Interactions, minutes: float, seed: int, run: Path, report: Printer) -> np.ndarray:
+    """(N, C) item embeddings of a DIN that by ids alone tells what came next from 20 items drawn by popularity."""
+    items = Items(log.items, pl.DataFrame({"item_id": log.items.raw}))
+    features = fit(FeatureSchema([Feature(ITEM, "inherent", width=128)]), items, log)
+    counts = np.bincount(log.item, minlength=len(items))
+    task = next_basket(log, features, counts, config=BasketConfig(first=1, seed=seed))
+    config = LifelongConfig(
+        long="din",
+        short="none",
+        network=RankerConfig(intersections=False),
+        train=TrainConfig(epochs=10, minutes=minutes, evaluations=1, seed=seed, bfloat16=False),
+        longest=50,
+        requests=128,
+    )
+    ranker = LifelongRanker.of(task, config).fit(task, directory=run, report=report)
+    with torch.inference_mode():
+        return ranker.network.embed.catalogue()[:-1].numpy()
 
 
 def run_row(
