@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def item_matrices(
     recipe = recipe_of("tiger", len(split.train), items, {"ids.behaviour": "0"})
     text, semantic = item_vectors(split.train, items, recipe)
     console.print(f"semantics: {text.described()}")
-    learned = kept(folder / "behaviour.npy", sasrec_vectors, split.train, minutes, seed, folder, console)
+    learn = partial(sasrec_vectors, text=semantic)
+    learned = kept(folder / "behaviour.npy", learn, split.train, minutes, seed, folder, console)
     return {"behaviour": learned, "semantic": semantic}
 
 
@@ -157,10 +159,12 @@ def kept(
     return np.load(path)
 
 
-def sasrec_vectors(log: Interactions, minutes: float, seed: int, run: Path, report: Printer) -> np.ndarray:
+def sasrec_vectors(
+    log: Interactions, minutes: float, seed: int, run: Path, report: Printer, *, text: np.ndarray
+) -> np.ndarray:
     """(N, C), as `tiglon train` has them."""
     config = SasRecConfig(train=TrainConfig(epochs=10, minutes=minutes, evaluations=1, seed=seed))
-    return behaviour_vectors(log, config, directory=run, report=report)
+    return behaviour_vectors(log, config, text=text, directory=run, report=report)
 
 
 def din_vectors(log: Interactions, minutes: float, seed: int, run: Path, report: Printer) -> np.ndarray:

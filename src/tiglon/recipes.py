@@ -537,11 +537,14 @@ def _eager(
     directory = directory and directory / "behaviour"
     if directory:
         directory.mkdir(exist_ok=True)
-    vectors = {
-        BEHAVIOUR: behaviour_vectors(
-            training, replace(settings.sasrec, train=first), directory=directory, report=_bar(reporter)
-        )
-    }
+    as_used = behaviour_vectors(
+        training,
+        replace(settings.sasrec, train=first),
+        text=content,
+        directory=directory,
+        report=_bar(reporter),
+    )
+    vectors = {BEHAVIOUR: as_used}
     if content is None:
         c = replace(c, streams=(BEHAVIOUR,))
     else:

@@ -12,7 +12,7 @@ from tiglon.data.split import leave_last_out
 from tiglon.errors import BundleDamagedError, BundleVersionError, CapacityError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.nn.transformer import PADDING
-from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_ids, merged
+from tiglon.retrieval.eager import ALIKE, Eager, EagerConfig, behaviour_vectors, eager_ids, merged
 from tiglon.retrieval.eager_network import Transfer, info_nce, replaced, smooth_l1
 from tiglon.retrieval.sasrec import SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
@@ -518,6 +518,15 @@ def test_behaviour_vectors_say_who_is_used_together():
     )
     vectors = behaviour_vectors(events, config)
     assert vectors.shape == (N, 16)
+    unused = events.item < 4
+    some = replace(events.take(~unused), users=events.users)
+    text = np.random.default_rng(1).normal(size=(N, 6)).astype(np.float32)
+    found = behaviour_vectors(some, config, text=text)
+    known = text[4:] - text[4:].mean(axis=0)
+    for item in range(4):
+        own = text[item] - text[4:].mean(axis=0)
+        alike = np.argsort(-known @ own / np.linalg.norm(known, axis=1))[:ALIKE]
+        np.testing.assert_allclose(found[item], found[4 + alike].mean(axis=0), rtol=1e-4, atol=1e-5)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     together = (np.arange(N)[:, None] - np.arange(N)) % 4 == 0
     np.fill_diagonal(together, False)

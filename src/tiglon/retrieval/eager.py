@@ -129,18 +129,33 @@ def behaviour_vectors(
     interactions: Interactions,
     config: SasRecConfig | None = None,
     *,
+    text: np.ndarray | None = None,
     directory: Path | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> np.ndarray:
     """E^b: (N, C) item vectors that a SASRec learns from training events alone, beginning at what is used together
     (`co_occurrence_vectors`), which is all that is known of an item with few events; the last weights.
 
-    interactions: the training events alone.   directory, report: as `Eager.fit` takes them.
+    interactions: the training events alone.   text: (N, C') semantic vectors; an item that nobody used has the mean
+        vector of those most like it, as items that arrive later have.   directory, report: as `Eager.fit` takes them.
     """
     model = SasRec(interactions.items, config, co_occurrence_vectors(interactions))
     model.fit(interactions, directory=directory, report=report)
-    with torch.inference_mode():
-        return model.network.vectors().numpy()
+    vectors = model.vectors()
+    used = np.bincount(interactions.item, minlength=len(vectors)) > 0
+    if text is not None and not used.all():
+        text = item_matrix(text, len(vectors), "vectors of semantic")
+        vectors[~used] = _of_alike(text[~used], text[used], vectors[used])
+    return vectors
+
+
+def _of_alike(text: np.ndarray, known_text: np.ndarray, known_behaviour: np.ndarray) -> np.ndarray:
+    """(M, C) for items with texts (M, C'): the mean behaviour of the known ones (n) whose text is most like theirs."""
+    mean = known_text.mean(axis=0)
+    index = ExactIndex(centred(known_text, mean))
+    alike = index.search(centred(text, mean), min(ALIKE, len(known_text)))
+    found: np.ndarray = known_behaviour[alike.item].mean(axis=1)
+    return found
 
 
 def eager_ids(
@@ -214,7 +229,7 @@ class CodeSystem:
 class Eager(Retriever):
     """Retrieve by generating two codes of the next item, each in its own system.
 
-    vectors = {"behaviour": behaviour_vectors(split.train), "semantic": text_vectors}
+    vectors = {"behaviour": behaviour_vectors(split.train, text=text_vectors), "semantic": text_vectors}
     eager = Eager(eager_ids(vectors, items.vocabulary), items.vocabulary, vectors=vectors)
     eager.fit(split.train, split.validation).recommend(["user 7"], k=10)
     """
@@ -460,9 +475,7 @@ class Eager(Retriever):
             )
         content = {SEMANTIC: vectors}
         if BEHAVIOUR in self.vectors:
-            mean = known.mean(axis=0)
-            alike = ExactIndex(centred(known, mean)).search(centred(vectors, mean), min(ALIKE, len(known)))
-            content[BEHAVIOUR] = self.vectors[BEHAVIOUR][alike.item].mean(axis=1)
+            content[BEHAVIOUR] = _of_alike(vectors, known, self.vectors[BEHAVIOUR])
         grown = {}
         for name, system in self.systems.items():
             ids, fitted = system.ids, self.fitted_items
