@@ -13,7 +13,7 @@ from tiglon.evaluation.protocol import evaluate
 from tiglon.nn.transformer import PADDING
 from tiglon.retrieval.towers import Past
 from tiglon.retrieval.two_tower import TwoTower, TwoTowerConfig
-from tiglon.retrieval.windows import Batch, collate
+from tiglon.retrieval.windows import Batch
 from tiglon.train.loop import TrainConfig
 from tiglon.types import Histories, Interactions, Vocabulary
 
@@ -114,18 +114,6 @@ def test_one_users_other_targets_are_no_negatives():
     assert (network.loss(batch(rows, torch.tensor([8, 8]))) == 0).all()
     assert (network.loss(batch(rows, torch.tensor([8, 9]))) > 0).all()
     assert (network.loss(batch(rows, torch.tensor([-1, -1]))) > 0).all()  # two strangers
-
-
-@torch.no_grad()
-def test_what_was_had_before_the_window_is_no_negative_either():
-    """Of a life 1 2 3 → 4 that is read from 3 on, beside a stranger's 1, 2 and 9."""
-    item, user = np.array([1, 2, 3, 4, 1, 2, 9]), np.array([0, 0, 0, 0, 1, 2, 3])
-    moment = np.array([0, 1, 2, 3, 0, 0, 0])
-    windows = np.array([[2, 4, 3], [4, 5, 4], [5, 6, 5], [6, 7, 6]])
-    network = make(uniform=0, logq=False).network
-    seen = collate(item, moment, np.ones(7, bool), user, windows, 2)
-    score = network.users(Past.of(seen))[0][0, 0] @ network.vectors()[[4, 9]].T / 0.05
-    torch.testing.assert_close(network.loss(seen)[0], score.logsumexp(0) - score[0])
 
 
 def test_frequencies_are_learned_in_training_and_change_no_answer():

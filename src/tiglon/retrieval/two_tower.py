@@ -20,8 +20,8 @@ Deviations:
 - negatives are the batch's other targets together with `uniform` drawn items, so that items without events are
   negatives too, and with the last `bank` targets of earlier batches, whose vectors are those of now; all are
   corrected for how often they are expected in that mixture;
-- the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user had before, within the
-  window or not, and the other targets that the batch has of the same user are no negatives;
+- the positive is not corrected (Khrylchenko et al. 2025, see `softmax.py`); what the row's user had within
+  the window, and the other targets that the batch has of the same user, are no negatives;
 - what one had before is likelier or less likely by a weight that is learned last, on the validation (`repetition`): no
   batch says it. The score that selects the weights knows it, of the same users: six numbers of some thousand;
 - the frequency estimate counts examples, not batches (`frequency.py`);
@@ -136,8 +136,7 @@ class TwoTowerNetwork(DenseNetwork):
         with torch.autocast("cpu", enabled=False):
             item_CD = F.normalize(self.items(candidate).float(), dim=-1)
             score_TC = user_TD @ item_CD.T / c.temperature
-        known = batch.before()
-        hidden = accidental_hits(candidate, known.item, known.there, past.user)
+        hidden = accidental_hits(candidate, past.item, past.mask, past.user)
         return in_batch_softmax(score_TC, hidden, log_count)
 
 
