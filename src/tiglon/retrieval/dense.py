@@ -230,7 +230,7 @@ class DenseRetriever(Retriever):
 
     def alike(self, items: np.ndarray, k: int) -> Candidates:
         """As `Retriever.alike`, by the cosine of the items' vectors."""
-        return most_alike(self.vectors(), items, k, self.name)
+        return most_alike(self._ready()[1], items, k, self.name)
 
     def _ready(self) -> tuple[torch.Tensor, np.ndarray, Index]:
         """Vectors of the items as histories are read (N, D), those that are searched, and the index; until they change."""
