@@ -271,11 +271,12 @@ def _table(
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """mean ± standard deviation over seeds."""
+    """mean ± standard deviation over seeds, where they differ."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}".removeprefix("0")
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    varied = min(values) < max(values)
+    numbers = [statistics.fmean(values), *([statistics.stdev(values)] if varied else [])]
+    return " ± ".join(f"{number:.{digits}f}".removeprefix("0") for number in numbers)
 
 
 def beside(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    console = Console(width=170, highlight=False)
+    console = Console(width=190, highlight=False)
     console.print(machine_line())
     changes = {"retrievers": ALL} | dict(setting.split("=", 1) for setting in given.settings)
     for data in given.data:
