@@ -1,14 +1,14 @@
 """Items that arrive after training: seen and unseen recall of every retriever that can have them.
 
     python benchmarks/cold_start.py DATA/amazon2014-beauty --out runs/cold [--minutes 20] [--share 0.05]
-           [--also sasrec,two_tower,mind,comirec,eager]
+           [--also sasrec,two_tower,mind,comirec,eager] [--on validation]
 
 After TIGER §4.3. 5% of the items are held out before everything: text encoder, tokenizer and network never meet
 them, and their events are taken from training, validation and every history. Afterwards they get IDs from
 the frozen tokenizer. A test user whose next item is one of them counts as unseen, every other as seen; each
 has one list. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
 trie" decodes them like all others. Text neighbours know the new items' texts too; networks of --also learn beside TIGER,
-and share the minutes with it as in `tiglon train`. Nothing is masked.
+share the minutes with it as in `tiglon train`, and are measured before and after the new items came. Nothing is masked.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from tiger import Printer, arguments, changes_of, identify, item_vectors, prepar
 from tiglon.data.sources import tables
 from tiglon.evaluation.protocol import Retriever, evaluate
 from tiglon.recipes import in_minutes, learn, make_tokenizer
+from tiglon.retrieval.dense import DenseRetriever
+from tiglon.retrieval.eager import Eager
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
 from tiglon.retrieval.tiger import Tiger
 from tiglon.serving.bundle import codes_of
@@ -43,6 +45,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="of the items, held out")
     parser.add_argument(
         "--also", default="", metavar="NAMES", help="of sasrec, two_tower, mind, comirec, eager"
+    )
+    parser.add_argument(
+        "--on", choices=("validation", "test"), default="test", help="whose next item is asked"
     )
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -65,14 +70,14 @@ def main() -> None:
         log.user, renumbered[log.item].astype(np.int32), log.time, log.users, old.vocabulary, pl.DataFrame()
     )
     validation = without(split.validation, renumbered, n_old, truths=False)
-    test = without(split.test, renumbered, n_old, truths=True)
+    test = without(getattr(split, given.on), renumbered, n_old, truths=True)
     if given.users:
         test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
     unseen = np.zeros(len(test), bool)
     np.logical_or.at(unseen, test.truth.owner, test.truth.item >= n_old)
     console.print(
         f"{given.folder.name}: {len(new):,} of {len(everything):,} items held out with "
-        f"{len(split.train) - len(log):,} training events; {unseen.sum():,} of {len(test):,} test users want one"
+        f"{len(split.train) - len(log):,} training events; {unseen.sum():,} of {len(test):,} {given.on} users want one"
     )
 
     recipe = recipe_of(given.recipe, len(log), old, changes_of(given) | {"retrievers": given.also})
@@ -88,7 +93,7 @@ def main() -> None:
         for name in recipe.retrievers
     ]
 
-    before = copy.copy(tiger)
+    before, others_before = copy.copy(tiger), [Before(other, everything.vocabulary) for other in others]
     arrived = text.vectors(new)
     tiger.add_items(everything.vocabulary, codes_of(tokenizer, arrived, new.vocabulary), arrived)
     for other in others:
@@ -97,7 +102,7 @@ def main() -> None:
     retrievers: list[Retriever] = [
         *(Rule(before, tiger, share) for share in SHARES),
         tiger,
-        *others,
+        *(both for pair in zip(others_before, others, strict=True) for both in pair),
         TextNeighbours().fit(known, everything),
         NeighbourSum().fit(known, everything),
         Popularity().fit(known, everything),
@@ -124,10 +129,22 @@ def main() -> None:
             "held_out_items": len(new),
             "unseen_users": int(unseen.sum()),
             "users": len(test),
+            "on": given.on,
             "rows": rows,
             "machine": machine(),
         }
         given.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+class Before:
+    """A network as it is now, whatever is added later."""
+
+    def __init__(self, network: DenseRetriever | Eager, items: Vocabulary) -> None:
+        self.network, self.items = copy.deepcopy(network), items
+        self.name = f"{network.name}, without them"
+
+    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+        return self.network.retrieve(histories, k, exclude_seen=exclude_seen)
 
 
 class Rule:
