@@ -26,7 +26,7 @@ Deviations:
 - the encoder reads an item as the sum of its vectors in both streams, each through a matrix of its own;
 - E^b are the item vectors of a SASRec that begins at an SVD of what is used together, where the paper takes those
   of a DIN-like model on the same sequences: it learns from every event of the training log rather than from drawn
-  negatives, and sees no other;
+  negatives, and sees no other (a DIN's, learned in the same two minutes, cost a third of the recall: docs/log.md);
 - frozen vectors are centred and scaled to entries of about unit size, or smooth L1 would be next to nothing;
 - L_recon is a softmax over all codes of a level, not over drawn ones;
 - the first two codes are chosen together where there are at most 50,000 such pairs. Up to 65,536 items have two codes, so
