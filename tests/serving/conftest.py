@@ -69,8 +69,9 @@ class Server(Client):
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
     def lines(self):
-        """What it logged so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """What it logged so far: whole lines, as a reader may meet the first page of one that is being written."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def terminate(self):
         """Ask it to end; the exit status."""
