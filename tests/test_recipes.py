@@ -11,14 +11,13 @@ import polars as pl
 import pytest
 
 from tiglon import recipes
-from tiglon.data.events import read_interactions, read_items
+from tiglon.data.events import read_interactions
 from tiglon.errors import ConfigError, DataError, StorageError
 from tiglon.recipes import (
     IdsConfig,
     Reporter,
     override,
     repeat_share,
-    text_columns,
     tiger,
     tiger_paper,
     train,
@@ -113,24 +112,6 @@ def test_every_setting_can_be_named():
 
 
 # -- what the data say -----------------------------------------------------------------------------------
-
-
-def test_text_columns_leave_identifiers_out():
-    table = pl.DataFrame(
-        {
-            "item_id": [1, 2],
-            "asin": ["B01", "B02"],
-            "title": ["Soap", None],
-            "brand_id": ["12", "13"],
-            "image_url": ["a", "b"],
-            "page": ["http://a.b/c", "https://d.e"],
-            "categories": [["Bath"], []],
-            "price": [1.0, 2.0],
-            "lexical_id": [["a"], ["b"]],
-            "width": ["wide", "narrow"],
-        }
-    )
-    assert text_columns(read_items(table)) == ["title", "categories", "width"]
 
 
 def test_repeats_are_counted_within_a_user():

@@ -43,7 +43,7 @@ from tiglon.data.ranking import (
     next_basket,
 )
 from tiglon.data.split import leave_last_out, moment_starts
-from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render
+from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render, text_columns
 from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
 from tiglon.evaluation.ranking import RankingEvaluation
@@ -305,35 +305,6 @@ def _parsed(text: str, kind: Any, key: str) -> Any:
 # -- what the data say ----------------------------------------------------------------------------------
 
 REPEATING = 0.10  # share of events from which a log counts as consumption that repeats
-
-_NOT_TEXT = ("asin", "url", "uri", "link", "image", "img", "isbn", "sku", "ean", "upc", "lexical_id")
-
-
-def text_columns(items: Items) -> list[str]:
-    """The columns that describe an item in words: text or lists of text, and no identifiers.
-
-    Left out are columns named id, asin, sku, ean, upc, isbn, url, uri, link, image, or ending in "_" and
-    one of these; and columns whose values are addresses (http…). An identifier looks like text, but tells
-    an encoder nothing, or what it should not know (ids may ascend with time).
-    """
-    chosen = []
-    for name, kind in items.table.schema.items():
-        inner = kind.inner if isinstance(kind, pl.List) else kind
-        if not isinstance(inner, (pl.String, pl.Categorical, pl.Enum)):
-            continue
-        ending = name.lower().rpartition("_")[2]
-        if name.lower() in _NOT_TEXT or ending in (*_NOT_TEXT, "id", "ids"):
-            continue
-        if kind == pl.String and _addresses(items.table[name]):
-            continue
-        chosen.append(name)
-    return chosen
-
-
-def _addresses(column: pl.Series) -> bool:
-    filled = column.drop_nulls().head(1000)
-    return len(filled) > 0 and bool(filled.str.contains(r"^https?://").mean() > 0.5)  # type: ignore[operator]
-
 
 _FEW = 1_000  # values that a category of the log has at most
 

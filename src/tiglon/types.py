@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MISSING = -1  # a dense id that is not there: an unknown item, or a candidate list shorter than K
+LONGEST_ID = 256  # characters of a raw id; it has at least one
 _FEW = 16  # times fewer ids than a vocabulary has are looked up one by one
 
 

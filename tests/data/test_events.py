@@ -8,7 +8,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tiglon.data.events import align, clean_times, k_core, read_interactions, read_items, read_table
+from tiglon.data.events import (
+    align,
+    clean_times,
+    items_as_in,
+    k_core,
+    read_interactions,
+    read_items,
+    read_table,
+)
 from tiglon.errors import ConfigError, DataError, SchemaError
 from tiglon.types import Interactions, Vocabulary
 
@@ -93,6 +101,50 @@ def test_files_that_cannot_be_read(tmp_path):
         read_table({"user_id": [1]})
 
 
+def test_blank_lines_of_a_csv_are_none(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,a,5\n\n2,b,6\n,,\n\n")
+    assert lines(read_interactions(tmp_path / "log.csv")) == [(1, "a", 5), (2, "b", 6)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "user_id;item_id\n1;2,5\n",
+            "one column, 'user_id;item_id'. The columns of a CSV are separated by commas. "
+            "Write it with ',' in place of ';'.",
+        ),
+        ("user_id\titem_id\n1\t2\n", r"Write it with ',' in place of '\t'."),
+        ('a,b\n"x\ny",2\n1,2,3\n', "has 3 values, its header 2. No line of a CSV has more values"),
+        ('a,b\n1,"2\n', "cannot be read as csv: could not parse"),
+    ],
+)
+def test_what_no_csv_holds(tmp_path, ending, text, message):
+    path = tmp_path / f"log.{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    with pytest.raises(DataError) as error:
+        read_table(path)
+    assert message in str(error.value)
+    assert "truncate_ragged_lines" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_line_is_named(tmp_path):
+    (tmp_path / "log.csv").write_text('a,b\n"x\ny",2\n1,2,3\n')
+    with pytest.raises(DataError, match=r"^line 4 of .*log\.csv has 3 values"):
+        read_table(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("bad", ['{"a": ', "[1]", "5", "xx", '{"a": NaN}', '{"a": 1} {"a": 2}'])
+def test_a_bad_line_of_json_is_named(tmp_path, bad):
+    (tmp_path / "log.jsonl").write_text(f'{{"a": 1}}\n\n{bad}\n{{"a": 2}}\n')
+    with pytest.raises(DataError) as error:
+        read_table(tmp_path / "log.jsonl")
+    assert f"line 3 of {tmp_path}/log.jsonl is no JSON object: {bad.strip()!r}." in str(error.value)
+    assert str(error.value).endswith("Each line of a .jsonl is one JSON object. Correct that line.")
+
+
 def test_a_pandas_column_of_mixed_types():
     with pytest.raises(SchemaError, match=r"Each column holds values of one type"):
         read_table(pd.DataFrame({"user_id": [1, "a", {}]}))
@@ -123,12 +175,52 @@ def test_integers_that_pandas_made_floats():
 def test_ids_of_another_type():
     with pytest.raises(SchemaError, match=r"column 'item_id' of type Boolean"):
         read_interactions(LOG.with_columns(item_id=pl.lit(True)))
+    with pytest.raises(SchemaError, match=r"'item_id' holds Float64, such as 1\.0\..*as integers\.$"):
+        read_interactions(LOG.with_columns(item_id=pl.col("price")))
     with pytest.raises(SchemaError, match=r"integers beyond 64 signed bits"):
         read_interactions(LOG.with_columns(item_id=pl.lit(2**64 - 1, pl.UInt64)))
 
 
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([1, 2], "column 'item_id' of type List(Int64), such as [1, 2]."),
+        ({"a": 1}, "column 'item_id' of type Struct({'a': Int64}), such as {'a': 1}."),
+        (list(range(99)), "such as [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1…."),
+    ],
+)
+def test_nested_ids(value, message):
+    with pytest.raises(SchemaError) as error:
+        read_items(pl.DataFrame({"item_id": [value]}))
+    assert message in str(error.value)
+    assert str(error.value).endswith("Ids are integers or strings. Write one id a line.")
+
+
+def test_the_length_of_an_id():
+    longest = "é" * 256
+    items = read_items(pl.DataFrame({"item_id": [longest, "a"]}))
+    assert items.vocabulary.raw.to_pylist() == ["a", longest]
+    with pytest.raises(DataError) as error:
+        read_items(pl.DataFrame({"item_id": [longest + "é", "a", ""]}))
+    assert str(error.value) == (
+        f"column 'item_id' holds 2 ids that are empty or too long, such as '{'é' * 40}…'. "
+        "An id has 1 to 256 characters. Shorten them, or drop these lines."
+    )
+    with pytest.raises(DataError, match=r"column 'user_id' holds 1 ids .* such as ''\."):
+        read_interactions(LOG.with_columns(user_id=pl.Series(["", "a", "b", "c", "d"])))
+
+
+def test_ids_of_a_csv_are_no_floats(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,price\n1e5,1.0,1,1e5\n2e5,2,2,2e5\n")
+    log = read_interactions(path)
+    assert lines(log) == [("1e5", "1.0", 1), ("2e5", "2", 2)]
+    assert log.extra["price"].to_list() == [1e5, 2e5]
+    assert read_items(path).vocabulary.raw.to_pylist() == ["1.0", "2"]
+
+
 def test_large_and_foreign_ids_come_back_as_they_were():
-    users, items = ["søren", "日本語", "", "👩‍🍳"], [2**53 + 1, 2**53, -(2**63), 2**63 - 1]
+    users, items = ["søren", "日本語", " ", "👩‍🍳"], [2**53 + 1, 2**53, -(2**63), 2**63 - 1]
     log = read_interactions(pl.DataFrame({"user_id": users, "item_id": items, "timestamp": [1, 2, 3, 4]}))
     assert {(u, i) for u, i, _ in lines(log)} == set(zip(users, items, strict=True))
 
@@ -149,6 +241,8 @@ def test_categorical_ids_are_strings():
         (pl.Series(["1970-01-01", "1970-01-02"]).str.to_date(), [0, 86_400_000_000]),
         (pl.Series(["1970-01-01T00:00:01", "1970-01-01T00:00:02"]), [1_000_000, 2_000_000]),
         (pl.Series(["1970-01-01T01:00:01+01:00"]), [1_000_000]),
+        (pl.Series(["1970-01-01 01:00:01+01", "1970-01-01T00:00:00.5Z"]), [1_000_000, 500_000]),
+        (pl.Series(["1970-01-01", "1970-01-01T00:00", "1970-01-01 00:00:01"]), [0, 0, 1_000_000]),
         (pl.Series([1_500_000_000]).cast(pl.Datetime("ns")), [1_500_000]),
     ],
 )
@@ -161,6 +255,16 @@ def test_times_become_integers(times, expected):
     [
         ([3, -1], r"column 't' holds 1 negative times, such as -1\. Times are ≥ 0"),
         (["soon", "1970-01-01"], "'t' holds strings that are no dates, such as 'soon'"),
+        (["1970-01-01", "1970-02-30"], "strings that are no dates, such as '1970-02-30'"),
+        (["1970-01-01", ""], "strings that are no dates, such as ''"),
+        (["1970-01-01", "01/02/2024"], r"such as '01/02/2024'\..* ISO 8601.*with the year first"),
+        (["05-01-2024"], "strings that are no dates, such as '05-01-2024'"),
+        (["1970-01-01T00:00Z", "05-01-2024"], "strings that are no dates, such as '05-01-2024'"),
+        (
+            ["1970-01-01T00:00", "1970-01-02T00:00Z", "1970-01-03"],
+            r"'t' mixes times with a zone, such as '1970-01-02T00:00Z', "
+            r"and without one, such as '1970-01-01T00:00'\. Either all times have a zone or none has",
+        ),
         ([1.5, 2.0], r"1 fractional or infinite times or NaN, such as 1\.5"),
         ([float("nan"), 2.0], "such as nan"),
         ([True, False], "column 't' of type Boolean"),
@@ -205,6 +309,63 @@ def test_given_item_vocabulary():
         read_interactions(LOG, items=Vocabulary([30, 10]))
     with pytest.raises(SchemaError, match=r"the same id of the same type"):
         read_interactions(LOG, items=Vocabulary(["30", "20", "10"]))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A log and a catalogue as CSV, with these item ids."""
+
+    def write(log_ids, item_ids):
+        log = pl.DataFrame({"user_id": 1, "item_id": log_ids, "timestamp": range(len(log_ids))})
+        log.write_csv(tmp_path / "log.csv")
+        pl.DataFrame({"item_id": item_ids, "title": [f"item {i}" for i in item_ids]}).write_csv(
+            tmp_path / "items.csv"
+        )
+        return tmp_path / "log.csv", tmp_path / "items.csv"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "log_ids, item_ids, all_ids",
+    [
+        (["0036", "A21"], ["5001", "301", "A21"], ["0036", "301", "5001", "A21"]),
+        (["0036", "A21"], ["5001", "301"], ["0036", "301", "5001", "A21"]),
+        (["5001", "301"], ["0036", "A21"], ["0036", "301", "5001", "A21"]),
+        (["5001", "301"], ["77", "301"], [77, 301, 5001]),
+    ],
+)
+def test_ids_of_a_csv_take_the_type_of_the_other_table(written, log_ids, item_ids, all_ids):
+    log, items = written(log_ids, item_ids)
+    aligned = align(read_interactions(log), read_items(items))
+    assert aligned.items.vocabulary.raw.to_pylist() == all_ids
+    assert [str(i) for _, i, _ in lines(aligned.interactions)] == log_ids
+    titles = dict(aligned.items.table.select("item_id", "title").rows())
+    assert titles == {i: f"item {i}" if str(i) in item_ids else None for i in all_ids}
+    assert aligned.items.table["item_id"].to_list() == all_ids
+
+
+def test_new_items_of_a_csv_take_the_type_of_the_known_ones(written):
+    _, items = written(["A21"], ["5001", "301"])
+    new = read_items(items)
+    assert items_as_in(Vocabulary([7]), new) is new
+    named = items_as_in(Vocabulary(["0036", "A21"]), new)
+    assert named.vocabulary.raw.to_pylist() == named.table["item_id"].to_list() == ["301", "5001"]
+    assert named.table["title"].to_list() == ["item 301", "item 5001"]
+
+
+def test_only_the_integers_of_a_csv_may_be_strings(written):
+    log, items = written([5001, 301], ["5001", "A21"])
+    strings = pl.DataFrame({"item_id": ["5001", "A21"]})
+    for typed, read in ((strings, log), (read_items(items).table, log)):
+        assert align(read_interactions(read), read_items(typed)).unknown == ["301"]
+    assert lines(read_interactions(log, items=Vocabulary(["301", "5001"]))) == [(1, "5001", 0), (1, "301", 1)]
+    with pytest.raises(
+        SchemaError,
+        match=r"integers in one table, such as 301, and strings in the other, such as 'A21'\. "
+        r"The two tables .*Cast 'item_id' in one of them, or correct what is no whole number\.",
+    ):
+        align(read_interactions(pl.read_csv(log)), read_items(items))
 
 
 # -- items -------------------------------------------------------------------------------------------------

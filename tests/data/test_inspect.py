@@ -64,6 +64,18 @@ def test_units_of_time(unit, factor):
     assert verdicts["time"].text == f"2020-09-13 to 2020-09-15 (2 days), read as {unit}"
 
 
+def test_mixed_units_of_time():
+    first, last = 1_600_000_000, 1_600_000_000_000 + DAY * 1000
+    verdict = found(inspect(LOG.with_columns(timestamp=pl.Series([first, last] * 3 + [first]))))["time"]
+    assert verdict.level == "warning"
+    assert verdict.text == (
+        f"two units are mixed: {first} is 2020-09-13 in seconds, {last} is 2020-09-14 in milliseconds; "
+        "write all times in one"
+    )
+    early = pl.Series(["1970-01-12T00:00:00"] + ["2020-01-01T00:00:00"] * 6)  # what reads as milliseconds
+    assert found(inspect(LOG.with_columns(timestamp=early)))["time"].level == "note"
+
+
 def test_an_order_is_no_time():
     verdict = found(inspect(LOG.with_columns(timestamp=pl.int_range(7))))["time"]
     assert verdict.level == "note"
@@ -84,6 +96,7 @@ def test_ids_in_order_of_arrival():
         (LOG.with_columns(item_id=pl.lit(None, pl.String)), "item_id", "7 nulls"),
         (LOG.with_columns(timestamp=pl.lit(-5)), "timestamp", "7 negative times"),
         (LOG.with_columns(timestamp=pl.lit("x")), "timestamp", "strings that are no dates"),
+        (LOG.with_columns(item_id=pl.lit("")), "item_id", "An id has 1 to 256 characters"),
         (LOG.with_columns(user_id=pl.lit(1.0)), "user_id", "Ids are integers or strings"),
         (LOG[:0], "interactions", "no rows"),
         (pl.DataFrame(), "interactions", "a table without columns"),
@@ -106,9 +119,10 @@ def test_all_faults_show_at_once():
     "items, subject, text",
     [
         (pl.DataFrame({"item_id": ["a", "a"]}), "items", "stand more than once"),
+        (pl.DataFrame({"item_id": ["a", "b" * 257]}), "items", "An id has 1 to 256 characters"),
         (pl.DataFrame({"id": ["a"]}), "items", "no column 'item_id'"),
         (pl.DataFrame({"item_id": ["z"]}), "log and items", "no item of the log is in the table"),
-        (pl.DataFrame({"item_id": [1, 2]}), "log and items", "cast one"),
+        (pl.DataFrame({"item_id": [1, 2]}), "log and items", "Cast 'item_id' in one of them"),
     ],
 )
 def test_fatal_item_tables(items, subject, text):
@@ -119,3 +133,32 @@ def test_fatal_item_tables(items, subject, text):
 
 def test_items_without_any_text():
     assert found(inspect(LOG, ITEMS.select("item_id")))["item text"].level == "warning"
+
+
+def test_item_text_is_what_training_reads():
+    table = ITEMS.with_columns(
+        image_url=pl.lit("a.png"), sku=pl.lit("x1"), blank=pl.lit(" "), page=pl.lit("https://a.b")
+    )
+    assert found(inspect(LOG, table))["item text"] == found(inspect(LOG, ITEMS))["item text"]
+    verdict = found(inspect(LOG, table.drop("title", "tags")))["item text"]
+    assert verdict.level == "warning"
+    assert "no column of words" in verdict.text
+
+
+def test_csv_ids_beside_strings(tmp_path):
+    LOG.with_columns(item_id=pl.Series([5, 6, 5, 7, 5, 8, 5])).write_csv(tmp_path / "log.csv")
+    pl.DataFrame({"item_id": [5, 6, 7, 8], "title": "t"}).write_csv(tmp_path / "items.csv")
+    named = pl.DataFrame({"item_id": ["5", "6", "7", "8", "A21"], "title": "t"})
+
+    verdict = found(inspect(tmp_path / "log.csv", named))["log and items"]
+    assert verdict.level == "ok"
+    assert "the integers of the CSV count as strings" in verdict.text
+    log = LOG.with_columns(item_id=pl.lit("5"))
+    assert found(inspect(log, tmp_path / "items.csv"))["log and items"].level == "ok"
+    verdict = found(inspect(tmp_path / "log.csv", tmp_path / "items.csv"))["log and items"]
+    assert (verdict.level, "count as strings" in verdict.text) == ("ok", False)
+
+
+def test_ids_of_a_csv_are_no_floats(tmp_path):
+    LOG.with_columns(user_id=pl.Series(["1e5", "2e5", *["3e5"] * 5])).write_csv(tmp_path / "log.csv")
+    assert found(inspect(tmp_path / "log.csv"))["user_id"].text == "String, no nulls, 3 distinct"

@@ -222,6 +222,13 @@ def test_recbole(tmp_path):
     assert source.items.rows() == [("B01", 'the "big one', 1999, [0.5, -1.0]), ("B02", "é", 2000, [1.0, 2.0])]
 
 
+def test_tokens_of_recbole_are_no_floats(tmp_path):
+    (tmp_path / "set.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\n1\t1e5\t5\n1\t2.0\t6\n"
+    )
+    assert recbole(tmp_path).interactions["item_id"].to_list() == ["1e5", "2.0"]
+
+
 def test_recbole_with_its_own_names_and_no_items(tmp_path):
     (tmp_path / "set.inter").write_text("session_id:token\tsong:token\tt:float\n1\t9\t5\n1\t8\t6\n")
     with pytest.raises(SchemaError, match="no column 'user_id'"):

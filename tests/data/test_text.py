@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, encode_items, render
+from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, encode_items, render, text_columns
 from tiglon.errors import (
     BundleDamagedError,
     ConfigError,
@@ -51,6 +51,27 @@ class Counting:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.asked += texts
         return np.array([[len(text), text.count("e")] for text in texts], np.float32)
+
+
+# -- columns of words --
+
+
+def test_text_columns_leave_identifiers_and_blanks_out() -> None:
+    table = items_of(
+        asin=["B01", "B02"],
+        title=["Soap", None],
+        brand_id=["12", "13"],
+        image_url=["a", "b"],
+        page=["http://a.b/c", "https://d.e"],
+        categories=[["Bath"], []],
+        price=[1.0, 2.0],
+        lexical_id=[["a"], ["b"]],
+        width=["wide", "narrow"],
+        subtitle=pl.Series([None, None], dtype=pl.String),
+        note=["", " "],
+        tags=[[], [" ", None]],
+    )
+    assert text_columns(table) == ["title", "categories", "width"]
 
 
 # -- render --

@@ -1,9 +1,11 @@
 """Tables to clean events: read, check, sort, remove duplicates, number the ids, k-core.
 
 The stated rules
-    ids         integers or strings, never floats (a float64 cannot hold every integer above 2^53).
+    ids         integers, or strings of 1 to 256 characters, never floats (a float64 cannot hold every integer
+                above 2^53). A CSV has no types: its ids are integers where all read back as written, and
+                strings after all beside a table whose ids are strings.
     times       whole numbers ≥ 0 in any unit that grows, kept as they are; datetimes and ISO 8601 strings
-                become microseconds since 1970 (UTC).
+                become microseconds since 1970 (UTC), those without a zone as if they were UTC.
     duplicates  of lines with the same user, item and time the first one stays.
     order       by (user, time); lines at equal times keep the order of the source.
     dense ids   follow the sorted raw ids, so the order of the input does not matter.
@@ -11,7 +13,11 @@ The stated rules
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,27 +26,29 @@ import polars as pl
 import pyarrow as pa
 
 from tiglon.errors import ConfigError, DataError, SchemaError, did_you_mean
-from tiglon.types import MISSING, Interactions, Items, Vocabulary
+from tiglon.types import LONGEST_ID, MISSING, Interactions, Items, Vocabulary
 
 Table: TypeAlias = (
     Any  # a path (.parquet, .csv, .jsonl, the last two also .gz), polars, pandas or Arrow table
 )
 
 _EXACT = 2.0**53  # the integers up to here are exact in a float64
+_WHOLE = r"^(0|-?[1-9]\d*)$"  # as an integer is written
 
 
 # -- tables ------------------------------------------------------------------------------------------------
 
 
-def read_table(source: Table) -> pl.DataFrame:
+def read_table(source: Table, *, ids: Sequence[str] = ()) -> pl.DataFrame:
     """Any table as a polars DataFrame.
 
     A CSV column becomes Int64 only where every value reads back as it was written: "007" and integers
-    beyond 64 bits stay strings. Raises DataError for a file that is empty or unreadable, SchemaError for a
-    source that is no table.
+    beyond 64 bits stay strings. Its blank lines are left out.
+    ids: columns that hold names; those of a CSV never become floats.
+    Raises DataError for a file that is empty or unreadable, SchemaError for a source that is no table.
     """
     if isinstance(source, (str, Path)):
-        frame = _read_file(Path(source))
+        frame = _read_file(Path(source), ids)
     elif isinstance(source, pl.DataFrame):
         frame = source
     elif isinstance(source, pl.LazyFrame):
@@ -60,10 +68,14 @@ def read_table(source: Table) -> pl.DataFrame:
     return frame
 
 
-def _read_file(path: Path) -> pl.DataFrame:
+def _kind(path: Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
+def _read_file(path: Path, ids: Sequence[str]) -> pl.DataFrame:
     if not path.is_file():
         raise DataError(f"no file at {path}", fix="Check the path")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    kind = _kind(path)
     if kind not in ("parquet", "csv", "jsonl", "ndjson"):
         raise SchemaError(
             f"a file named {path.name}",
@@ -76,30 +88,100 @@ def _read_file(path: Path) -> pl.DataFrame:
         if kind == "parquet":
             return pl.read_parquet(path)
         content: Any = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path
-        if kind == "csv":
-            return _typed(pl.read_csv(content, infer_schema=False))
-        return pl.read_ndjson(content, infer_schema_length=None)
+        return _read_csv(content, path, ids) if kind == "csv" else _read_ndjson(content, path)
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as {kind}: {error}", fix="Check the file") from error
+        said = str(error).partition("\n")[0]  # what follows is advice for polars' own callers
+        raise DataError(f"{path} cannot be read as {kind}: {said}", fix="Check the file") from error
 
 
-def _typed(frame: pl.DataFrame) -> pl.DataFrame:
-    """Strings of a CSV → Int64 or Float64 columns where that loses nothing."""
-    return frame.with_columns(typed_column(frame[name]) for name in frame.columns)
+def _read_csv(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataFrame:
+    columns = pl.read_csv(content, n_rows=0, infer_schema=False).columns
+    other = next((mark for mark in ";\t|" if mark in columns[0]), None)
+    if len(columns) == 1 and other:
+        raise SchemaError(
+            f"{path} with one column, {columns[0]!r}",
+            rule="The columns of a CSV are separated by commas",
+            fix=f"Write it with ',' in place of {other!r}",
+        )
+    try:
+        frame = pl.read_csv(content, infer_schema=False)
+    except pl.exceptions.ComputeError as error:
+        long = _long_line(content, len(columns))
+        if long is None:
+            raise
+        line, values = long
+        raise DataError(
+            f"line {line} of {path} has {values} values, its header {len(columns)}",
+            rule="No line of a CSV has more values than its header, and a value with a comma stands in quotes",
+            fix="Correct that line",
+        ) from error
+    frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
+    return frame.with_columns(
+        id_column(frame[name]) if name in ids else typed_column(frame[name]) for name in frame.columns
+    )
+
+
+def _long_line(content: bytes | Path, width: int) -> tuple[int, int] | None:
+    """The number of the first line of a CSV with more values than `width`, and how many it has."""
+    lines = csv.reader(io.StringIO(_text(content), newline=""))
+    try:
+        return next(((lines.line_num, len(values)) for values in lines if len(values) > width), None)
+    except csv.Error:
+        return None
+
+
+def _read_ndjson(content: bytes | Path, path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_ndjson(content, infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        for number, line in enumerate(_text(content).split("\n"), start=1):
+            if line.strip() and not _is_object(line):
+                raise DataError(
+                    f"line {number} of {path} is no JSON object: {_shortened(line.strip())}",
+                    rule="Each line of a .jsonl is one JSON object",
+                    fix="Correct that line",
+                ) from error
+        raise
+
+
+def _text(content: bytes | Path) -> str:
+    raw = content.read_bytes() if isinstance(content, Path) else content
+    return raw.decode("utf-8", errors="replace")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line, parse_constant=_refuse), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse(constant: str) -> None:
+    """JSON has no NaN and no Infinity, though Python reads them."""
+    raise ValueError(constant)
+
+
+def id_column(text: pl.Series) -> pl.Series:
+    """A column of strings as Int64 where every value reads back as written, else as it is."""
+    return _integers(text) if text.str.contains(_WHOLE).all() else text
 
 
 def typed_column(text: pl.Series) -> pl.Series:
     """A column of strings as Int64 where every value reads back as written, else Float64, else as it is."""
+    if text.str.contains(_WHOLE).all():
+        return _integers(text)
     nulls = text.null_count()
-    if nulls == len(text):
-        return text
-    if text.str.contains(r"^(0|-?[1-9]\d*)$").all():
-        whole = text.cast(pl.Int64, strict=False)
-        return whole if whole.null_count() == nulls else text
     if text.str.contains(r"^-?(0|[1-9]\d*)?(\.\d*)?([eE][-+]?\d+)?$|^[-+]?(?i:nan|inf)$").all():
         number = text.cast(pl.Float64, strict=False)
         return number if number.null_count() == nulls else text
     return text
+
+
+def _integers(text: pl.Series) -> pl.Series:
+    """Whole numbers as Int64, and as they are where one is beyond 64 bits or all are null."""
+    nulls = text.null_count()
+    whole = text.cast(pl.Int64, strict=False)
+    return whole if nulls < len(text) and whole.null_count() == nulls else text
 
 
 def _from_pandas(source: Any) -> pl.DataFrame:
@@ -126,13 +208,19 @@ def require_columns(present: list[str], needed: list[str]) -> None:
 
 
 def clean_ids(column: pl.Series) -> pl.Series:
-    """Raw ids as Int64 or String. Raises SchemaError on another type, DataError on a null."""
-    name, kind = column.name, column.dtype
+    """Raw ids as Int64 or String.
+
+    Raises SchemaError on another type, DataError on a null and on a string that is empty or longer than
+    LONGEST_ID.
+    """
+    name, kind, nulls = column.name, column.dtype, column.null_count()
     if kind.is_float() or kind == pl.Decimal:
+        with_nulls = f" with {nulls} nulls" if nulls else ""
+        pandas = "; in pandas a missing value makes floats of them: use dtype 'Int64'" if nulls else ""
         raise SchemaError(
-            f"column '{name}' holds {kind} with {column.null_count()} nulls, such as {_example(column)}",
+            f"column '{name}' holds {kind}{with_nulls}, such as {_example(column)}",
             rule="Ids are integers or strings: a float cannot hold every integer above 2^53",
-            fix=f"Read '{name}' as integers; in pandas a missing value makes floats of them: use dtype 'Int64'",
+            fix=f"Read '{name}' as integers{pandas}",
         )
     if kind in (pl.Categorical, pl.Enum, pl.Null):
         column = column.cast(pl.String)
@@ -140,16 +228,25 @@ def clean_ids(column: pl.Series) -> pl.Series:
         raise SchemaError(
             f"column '{name}' of type {kind}, such as {_example(column)}",
             rule="Ids are integers or strings",
-            fix=f"Cast '{name}' to a string",
+            fix="Write one id a line" if kind.is_nested() else f"Cast '{name}' to a string",
         )
-    if column.null_count():
+    if nulls:
         raise DataError(
-            f"column '{name}' holds {column.null_count()} nulls",
+            f"column '{name}' holds {nulls} nulls",
             rule="An id is never null",
             fix="Drop these lines, or find out why they lack an id",
         )
+    if column.dtype == pl.String:
+        wrong = column.filter(~column.str.len_chars().is_between(1, LONGEST_ID))
+        if len(wrong):
+            raise DataError(
+                f"column '{name}' holds {len(wrong)} ids that are empty or too long, such as {_example(wrong)}",
+                rule=f"An id has 1 to {LONGEST_ID} characters",
+                fix="Shorten them, or drop these lines",
+            )
+        return column
     try:
-        return column if column.dtype == pl.String else column.cast(pl.Int64)
+        return column.cast(pl.Int64)
     except pl.exceptions.InvalidOperationError as error:
         raise SchemaError(
             f"column '{name}' holds integers beyond 64 signed bits, such as {column.max()!r}",
@@ -209,23 +306,36 @@ def _from_float(column: pl.Series) -> pl.Series:
 
 
 def _from_iso(column: pl.Series) -> pl.Series:
-    try:
-        return column.str.to_datetime(time_unit="us", time_zone="UTC" if _has_zone(column) else None)
-    except pl.exceptions.PolarsError as error:
+    dated = column.str.contains(r"^\d{4}-\d\d-\d\d")
+    zoned = column.str.contains(r"[T ]\d\d.*(Z|[+-]\d\d(:?\d\d)?)$")
+    if dated.all() and zoned.any() and not zoned.all():
         raise SchemaError(
-            f"column '{column.name}' holds strings that are no dates, such as {_example(column)}",
-            rule="Times are whole numbers, datetimes or ISO 8601 strings",
-            fix=f"Cast '{column.name}' to integers or datetimes",
-        ) from error
-
-
-def _has_zone(column: pl.Series) -> bool:
-    return bool(column.str.contains(r"(Z|[+-]\d\d:?\d\d)$").any())
+            f"column '{column.name}' mixes times with a zone, such as {_example(column.filter(zoned))}, "
+            f"and without one, such as {_example(column.filter(~zoned))}",
+            rule="Either all times have a zone or none has",
+            fix="Write a zone behind each of them, such as Z for UTC",
+        )
+    times = column.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    wrong = column.filter(~dated | times.is_null())
+    if len(wrong):
+        raise SchemaError(
+            f"column '{column.name}' holds strings that are no dates, such as {_example(wrong)}",
+            rule="Times are whole numbers, datetimes or ISO 8601 strings, such as 2024-01-31T18:30:00",
+            fix=f"Write '{column.name}' with the year first, or cast it to integers or datetimes",
+        )
+    return times
 
 
 def _example(column: pl.Series) -> str:
-    values = column.drop_nulls()
-    return repr(values[0]) if len(values) else "null"
+    values = column.drop_nulls().head(1).to_list()
+    return _shortened(values[0]) if values else "null"
+
+
+def _shortened(value: Any) -> str:
+    """As Python writes it, at most about fifty characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= 50 else f"{text[:40]}…"
+    return repr(text) if isinstance(value, str) else text
 
 
 # -- events ------------------------------------------------------------------------------------------------
@@ -250,13 +360,16 @@ def read_interactions(
     items: number the items by this vocabulary instead of by the log's own items.
     Raises SchemaError, DataError.
     """
-    table = read_table(source)
+    table = read_table(source, ids=(user, item))
     require_columns(table.columns, [user, item, time])
     if table.height == 0:
         raise DataError("a log without events", rule="A log has at least one line")
     raw_user, raw_item, when = clean_ids(table[user]), clean_ids(table[item]), clean_times(table[time])
     users = vocabulary_of(raw_user)
-    items = vocabulary_of(raw_item) if items is None else items
+    if items is None:
+        items = ids_of(source, raw_item.unique().sort())
+    elif is_csv(source):
+        raw_item = _as_in(items, raw_item)
     require_same_type(raw_item, items)
     dense_item = items.encode(raw_item)
     if (dense_item == MISSING).any():
@@ -290,13 +403,59 @@ def vocabulary_of(raw: pl.Series) -> Vocabulary:
     return Vocabulary(raw.unique().sort())
 
 
+class CsvIds(Vocabulary):
+    """The ids of a CSV. It has no types: where these are integers, they may as well be strings."""
+
+
+def is_csv(source: Table) -> bool:
+    """Whether a table is a file without types."""
+    return isinstance(source, (str, Path)) and _kind(Path(source)) == "csv"
+
+
+def ids_of(source: Table, raw: pa.Array | pl.Series) -> Vocabulary:
+    """The vocabulary of ids that stand in a source."""
+    return CsvIds(raw) if is_csv(source) else Vocabulary(raw)
+
+
+def _as_in(others: Vocabulary, raw: pl.Series) -> pl.Series:
+    """Integers as strings where the others are strings."""
+    strings = len(others) and not pa.types.is_integer(others.raw.type)
+    return raw.cast(pl.String) if strings and raw.dtype.is_integer() else raw
+
+
+def items_as_in(others: Vocabulary, items: Items) -> Items:
+    """The catalogue, the integers of a CSV as strings where the others are strings."""
+    ids = pl.Series("item_id", items.vocabulary.raw)
+    if not isinstance(items.vocabulary, CsvIds) or _as_in(others, ids).dtype == ids.dtype:
+        return items
+    table = items.table.with_columns(_as_in(others, ids)).sort("item_id")
+    return Items(Vocabulary(table["item_id"]), table)
+
+
+def same_type(log: Vocabulary, items: Items) -> tuple[pl.Series, Items]:
+    """The raw item ids of a log and the catalogue, both with integers or both with strings.
+
+    Raises SchemaError where they are not, and the integers are not those of a CSV.
+    """
+    raw = pl.Series("item_id", log.raw)
+    if isinstance(log, CsvIds):
+        raw = _as_in(items.vocabulary, raw)
+    items = items_as_in(log, items)
+    require_same_type(raw, items.vocabulary)
+    return raw, items
+
+
 def require_same_type(raw: pl.Series, vocabulary: Vocabulary) -> None:
     """SchemaError where the ids of two tables are integers here and strings there."""
-    if len(vocabulary) and pa.types.is_integer(vocabulary.raw.type) != raw.dtype.is_integer():
+    others = pl.Series(vocabulary.raw)
+    if len(others) and others.dtype.is_integer() != raw.dtype.is_integer():
+        integers, strings = (raw, others) if raw.dtype.is_integer() else (others, raw)
+        names = strings.filter(~strings.str.contains(_WHOLE))
         raise SchemaError(
-            f"item ids of type {raw.dtype} in the log and {vocabulary.raw.type} in the catalogue",
+            f"item ids are integers in one table, such as {_example(integers)}, and strings in the other, "
+            f"such as {_example(names if len(names) else strings)}",
             rule="The two tables name an item by the same id of the same type",
-            fix=f"Cast '{raw.name}' in one of them",
+            fix=f"Cast '{raw.name}' in one of them{', or correct what is no whole number' if len(names) else ''}",
         )
 
 
@@ -305,7 +464,7 @@ def read_items(source: Table, *, item: str = "item_id") -> Items:
 
     Raises SchemaError, DataError where an item stands twice.
     """
-    table = read_table(source)
+    table = read_table(source, ids=(item,))
     require_columns(table.columns, [item])
     ids = clean_ids(table[item]).alias("item_id")
     repeated = ids.filter(ids.is_duplicated())
@@ -316,7 +475,7 @@ def read_items(source: Table, *, item: str = "item_id") -> Items:
             fix="Keep one line of each, for example with unique('item_id')",
         )
     table = table.drop(item).insert_column(0, ids).sort("item_id")
-    return Items(Vocabulary(table["item_id"]), table)
+    return Items(ids_of(source, table["item_id"]), table)
 
 
 class Aligned(NamedTuple):
@@ -330,15 +489,15 @@ class Aligned(NamedTuple):
 def align(
     interactions: Interactions, items: Items, unknown: Literal["error", "drop", "add"] = "add"
 ) -> Aligned:
-    """Number the log's items by the catalogue.
+    """Number the log's items by the catalogue. Where one of them is a CSV with integers and the other has
+    strings, the integers become the strings that stand there.
 
     unknown: what to do with an item of the log that the table lacks. "add": it joins the catalogue with
     null in every column; "drop": its events go, and users without any other; "error": DataError.
     """
     if unknown not in ("error", "drop", "add"):
         raise ConfigError(f"unknown={unknown!r}", rule="It is 'error', 'drop' or 'add'")
-    raw = pl.Series("item_id", interactions.items.raw)
-    require_same_type(raw, items.vocabulary)
+    raw, items = same_type(interactions.items, items)
     absent = raw.filter(pl.Series(items.vocabulary.encode(raw) == MISSING))
     if len(absent) and unknown == "error":
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Literal
 
@@ -15,14 +15,17 @@ from tiglon.data.events import (
     Table,
     clean_ids,
     clean_times,
+    ids_of,
     k_core,
     read_interactions,
     read_items,
     read_table,
+    same_type,
 )
 from tiglon.data.split import LEAKING_CORRELATION, appearance_correlation, moment_starts
+from tiglon.data.text import has_words, text_columns
 from tiglon.errors import DataError, TiglonError, did_you_mean
-from tiglon.types import MISSING, Interactions
+from tiglon.types import MISSING, Interactions, Items
 
 Level = Literal["ok", "note", "warning", "fatal"]
 
@@ -54,14 +57,15 @@ def inspect(
 ) -> list[Verdict]:
     """Verdicts on a log and, if given, its item table; see `is_valid`."""
     try:
-        table = read_table(interactions)
+        table = read_table(interactions, ids=(user, item))
     except TiglonError as error:
         return [Verdict("fatal", "interactions", str(error))]
     verdicts = [_columns("interactions", table)]
     verdicts += _required(table, user, item, time)
     if is_valid(verdicts):
         log = read_interactions(table, user=user, item=item, time=time)
-        verdicts += [_duplicates(table, log), *_log(log)]
+        log = replace(log, items=ids_of(interactions, log.items.raw))
+        verdicts += [_duplicates(table, log), *_log(log, table[time].dtype)]
     else:
         log = None
     if items is not None:
@@ -105,10 +109,10 @@ def _duplicates(table: pl.DataFrame, log: Interactions) -> Verdict:
     return Verdict("note" if repeated else "ok", "duplicates", text)
 
 
-def _log(log: Interactions) -> list[Verdict]:
+def _log(log: Interactions, times: pl.DataType) -> list[Verdict]:
     return [
         Verdict("ok", "size", f"{len(log):,} events, {len(log.users):,} users, {len(log.items):,} items"),
-        _time_span(log),
+        _time_span(log, times),
         _baskets(log),
         _lengths(log),
         _short_lives(log),
@@ -119,23 +123,36 @@ def _log(log: Interactions) -> list[Verdict]:
     ]
 
 
-def _time_span(log: Interactions) -> Verdict:
+_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+
+
+def _unit(moment: int) -> str | None:
+    """The unit that puts a moment into the years 1990 … 2100, where it is believed."""
+    for unit, per_second in _UNITS.items():
+        if 631_152_000 <= moment / per_second < 4_102_444_800:
+            return unit
+    return None
+
+
+def _date(moment: int, unit: str) -> str:
+    return str(datetime.fromtimestamp(moment / _UNITS[unit], timezone.utc).date())
+
+
+def _time_span(log: Interactions, kind: pl.DataType) -> Verdict:
     first, last = int(log.time.min()), int(log.time.max())
-    # A unit is believed where both ends fall into the years 1990 … 2100.
-    for unit, per_second in (
-        ("seconds", 1),
-        ("milliseconds", 10**3),
-        ("microseconds", 10**6),
-        ("nanoseconds", 10**9),
-    ):
-        if first / per_second >= 631_152_000 and last / per_second < 4_102_444_800:
-            days = (last - first) / per_second / 86_400
-            begin, end = (
-                datetime.fromtimestamp(moment / per_second, timezone.utc).date() for moment in (first, last)
-            )
-            return Verdict("ok", "time", f"{begin} to {end} ({days:,.0f} days), read as {unit}")
-    text = f"{first} to {last} is no unit of calendar time: an order only; do not split by global time"
-    return Verdict("note", "time", text)
+    unit, other = _unit(first), _unit(last)
+    if unit is None or other is None or (unit != other and not kind.is_numeric()):
+        text = f"{first} to {last} is no unit of calendar time: an order only; do not split by global time"
+        return Verdict("note", "time", text)
+    if unit != other:
+        text = (
+            f"two units are mixed: {first} is {_date(first, unit)} in {unit}, "
+            f"{last} is {_date(last, other)} in {other}; write all times in one"
+        )
+        return Verdict("warning", "time", text)
+    days = (last - first) / _UNITS[unit] / 86_400
+    text = f"{_date(first, unit)} to {_date(last, unit)} ({days:,.0f} days), read as {unit}"
+    return Verdict("ok", "time", text)
 
 
 def _baskets(log: Interactions) -> Verdict:
@@ -211,49 +228,36 @@ def _core(log: Interactions) -> Verdict:
 
 def _items(source: Table, item: str, log: Interactions | None) -> list[Verdict]:
     try:
-        table = read_table(source)
+        table = read_table(source, ids=(item,))
         verdicts = [_columns("items", table)]
         catalogue = read_items(table, item=item)
     except TiglonError as error:
         return [Verdict("fatal", "items", str(error))]
-    verdicts.append(_text(catalogue.table))
+    verdicts.append(_text(catalogue))
     if log is not None:
-        verdicts.append(
-            _coverage(log, catalogue.vocabulary.raw.type, catalogue.vocabulary.encode(log.items.raw))
-        )
+        catalogue = Items(ids_of(source, catalogue.vocabulary.raw), catalogue.table)
+        verdicts.append(_coverage(log, catalogue))
     return verdicts
 
 
-def _text(table: pl.DataFrame) -> Verdict:
-    kinds = (pl.String, pl.List(pl.String), pl.Categorical)
-    columns = [name for name, kind in table.schema.items() if name != "item_id" and kind in kinds]
+def _text(items: Items) -> Verdict:
+    """Of the columns that training reads."""
+    columns = text_columns(items)
     if not columns:
-        return Verdict("warning", "item text", "no column of text: items can be known by their events only")
-    filled = [
-        (
-            pl.col(name).list.len() > 0
-            if table.schema[name] == pl.List(pl.String)
-            else pl.col(name).cast(pl.String).str.strip_chars() != ""
-        ).fill_null(False)
-        for name in columns
-    ]
-    without = table.height - int(table.select(pl.any_horizontal(filled)).to_series().sum())
-    shares = table.select(
-        expression.mean().alias(name) for name, expression in zip(columns, filled, strict=True)
-    )
-    text = ", ".join(f"{name} {share:.1%}" for name, share in zip(columns, shares.row(0), strict=True))
-    level: Level = "warning" if without > table.height / 10 else "note" if without else "ok"
+        return Verdict("warning", "item text", "no column of words: items can be known by their events only")
+    filled = np.stack([has_words(items, name).to_numpy() for name in columns])
+    without = int((~filled.any(axis=0)).sum())
+    text = ", ".join(f"{name} {share:.1%}" for name, share in zip(columns, filled.mean(axis=1), strict=True))
+    level: Level = "warning" if without > len(items) / 10 else "note" if without else "ok"
     return Verdict(level, "item text", f"{without:,} items have none; filled: {text}")
 
 
-def _coverage(log: Interactions, kind: pa.DataType, dense: np.ndarray) -> Verdict:
-    if kind != log.items.raw.type:
-        return Verdict(
-            "fatal",
-            "log and items",
-            f"item ids are {log.items.raw.type} in the log and {kind} in the table; cast one",
-        )
-    absent = dense == MISSING
+def _coverage(log: Interactions, catalogue: Items) -> Verdict:
+    try:
+        raw, items = same_type(log.items, catalogue)
+    except DataError as error:
+        return Verdict("fatal", "log and items", str(error))
+    absent = items.vocabulary.encode(raw) == MISSING
     if absent.all():
         return Verdict(
             "fatal", "log and items", "no item of the log is in the table; check that the ids are the same"
@@ -262,6 +266,8 @@ def _coverage(log: Interactions, kind: pa.DataType, dense: np.ndarray) -> Verdic
     text = (
         f"{int(absent.sum()):,} items of the log are not in the table ({events / len(log):.1%} of the events)"
     )
+    if log.items.raw.type != catalogue.vocabulary.raw.type:
+        text = f"{text}; the integers of the CSV count as strings, as in the other table"
     if absent.any():
         return Verdict("warning", "log and items", f"{text}; they join it without text")
     return Verdict("ok", "log and items", text)

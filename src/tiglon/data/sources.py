@@ -25,7 +25,7 @@ from typing import Any
 
 import polars as pl
 
-from tiglon.data.events import read_table, require_columns, typed_column
+from tiglon.data.events import id_column, read_table, require_columns, typed_column
 from tiglon.data.folders import written_aside
 from tiglon.errors import ConfigError, DataError, MissingExtraError, StorageError, did_you_mean
 
@@ -45,7 +45,8 @@ class Source:
 def tables(folder: str | Path) -> Source:
     """A folder with `interactions` and `items`, each .parquet, .csv[.gz] or .jsonl[.gz]."""
     folder = Path(folder)
-    return Source(read_table(_table(folder, "interactions")), read_table(_table(folder, "items")))
+    log = read_table(_table(folder, "interactions"), ids=("user_id", "item_id"))
+    return Source(log, read_table(_table(folder, "items"), ids=("item_id",)))
 
 
 def save_tables(source: Source, folder: str | Path) -> None:
@@ -303,7 +304,7 @@ def _atomic_column(column: pl.Series, path: Path) -> pl.Series:
     column = column.alias(name)
     try:
         if kind == "token":
-            return typed_column(column)
+            return id_column(column)
         if kind == "token_seq":
             return column
         if kind == "float":

@@ -233,6 +233,44 @@ class VectorColumn:
         return ItemVectors(flat.reshape(len(items), -1), self.name)
 
 
+# Names and endings of columns of identifiers.
+_NOT_TEXT = ("asin", "url", "uri", "link", "image", "img", "isbn", "sku", "ean", "upc", "lexical_id")
+
+
+def text_columns(items: Items) -> list[str]:
+    """The columns that describe an item in words: text or lists of text, and no identifiers.
+
+    Left out are columns named id, asin, sku, ean, upc, isbn, url, uri, link, image, or ending in "_" and
+    one of these; columns whose values are addresses (http…); and those that are blank for every item. An
+    identifier looks like text, but tells an encoder nothing, or what it should not know (ids may ascend with
+    time).
+    """
+    chosen = []
+    for name, kind in items.table.schema.items():
+        inner = kind.inner if isinstance(kind, pl.List) else kind
+        if not isinstance(inner, (pl.String, pl.Categorical, pl.Enum)):
+            continue
+        ending = name.lower().rpartition("_")[2]
+        if name.lower() in _NOT_TEXT or ending in (*_NOT_TEXT, "id", "ids"):
+            continue
+        if kind == pl.String and _addresses(items.table[name]):
+            continue
+        if has_words(items, name).any():
+            chosen.append(name)
+    return chosen
+
+
+def has_words(items: Items, column: str) -> pl.Series:
+    """(N,) bool: which items are not blank in a column of text or lists of text."""
+    text = _as_text(pl.col(column), items.table.schema[column])
+    return items.table.select((text.str.len_bytes() > 0).fill_null(False)).to_series()
+
+
+def _addresses(column: pl.Series) -> bool:
+    filled = column.drop_nulls().head(1000)
+    return len(filled) > 0 and bool(filled.str.contains(r"^https?://").mean() > 0.5)  # type: ignore[operator]
+
+
 def render(items: Items, template: str | None = None) -> list[str]:
     """One text an item: "{title}. {brand}. {categories}" with its columns filled in.
 

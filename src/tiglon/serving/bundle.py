@@ -37,7 +37,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 
 import tiglon
-from tiglon.data.events import Table, read_items, require_same_type
+from tiglon.data.events import Table, items_as_in, read_items, require_same_type
 from tiglon.data.folders import written_aside
 from tiglon.data.histories import HistoryStore
 from tiglon.data.split import leave_last_out
@@ -374,8 +374,8 @@ class Bundle:
         networks learned, stay as they are, and so do the neighbours: they know the items of the training only.
         Items that are known already are left alone. Raises SchemaError, CapacityError.
         """
-        given = read_items(source)
         old = self.items
+        given = items_as_in(old.vocabulary, read_items(source))
         ids = pl.Series("item_id", given.vocabulary.raw)
         require_same_type(ids, old.vocabulary)
         new = given.table.filter(pl.Series(old.vocabulary.encode(ids) == MISSING))
