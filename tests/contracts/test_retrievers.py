@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from tiglon.data.histories import HistoryStore
-from tiglon.errors import BundleVersionError, ConfigError, UnknownIdError
+from tiglon.errors import BundleVersionError, ConfigError, DataError, UnknownIdError
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
 from tiglon.retrieval.eager import Eager, EagerConfig, eager_ids
 from tiglon.retrieval.mind import Mind, MindConfig
@@ -141,6 +141,33 @@ def test_lists_are_valid(fitted, histories, k, exclude_seen):
         assert (np.diff(scores) <= 0).all()
         if exclude_seen:
             assert not np.isin(items, seen).any()
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("left", [0, 1, 4, 14, 20, N])
+def test_denied_items_leave_their_places_to_others(fitted, histories, left, exclude_seen):
+    """As if the whole catalogue had been ranked and the denied left out, the scores of the others as they are."""
+    deny = np.ones(N, bool)
+    deny[np.random.default_rng(left).permutation(N)[:left]] = False
+    whole = fitted.retrieve(histories, N, exclude_seen=exclude_seen)
+    found = fitted.retrieve(histories, 5, exclude_seen=exclude_seen, deny=deny)
+    beams = getattr(getattr(fitted, "config", None), "beams", N)
+    for user in range(len(histories)):
+        there = found.item[user] != MISSING
+        open_ = (whole.item[user] != MISSING) & ~deny[whole.item[user]]
+        assert there.sum() == min(5, open_.sum())
+        assert not deny[found.item[user, there]].any()
+        if beams >= N:  # a narrow beam may lose the best
+            np.testing.assert_array_equal(found.item[user, there], whole.item[user, open_][:5])
+            np.testing.assert_allclose(
+                found.score[user, there], whole.score[user, open_][:5], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_denial_of_another_catalogue_is_told(fitted):
+    for deny in (np.zeros(N + 1, bool), np.zeros(N)):
+        with pytest.raises(DataError, match=f"deny is one bool for each of the {N} items"):
+            fitted.retrieve(Histories.of([[1]]), 3, deny=deny)
 
 
 def test_fewer_than_k_when_the_catalogue_has_fewer(fitted):

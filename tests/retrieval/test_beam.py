@@ -93,16 +93,14 @@ def test_seen_items_are_left_out_and_cost_no_beam():
     truth = exhaustive(tables, codes, 1, True)
     best = np.argsort(-truth, kind="stable")
     seen = Histories.of([[], [best[0], best[1], best[1], best[3]]])
-    found = beam_search(
-        start(), Trie.build(codes, SIZES), 2, 26, width=27, seen=seen, seen_codes=codes[seen.item]
-    )
+    found = beam_search(start(), Trie.build(codes, SIZES), 2, 26, width=27, seen=seen, codes=codes)
     expected = [i for i in best if i not in (best[0], best[1], best[3])][:26]
     np.testing.assert_array_equal(found.item[1], expected)
     # A beam of one under a prefix whose only item was seen must go elsewhere rather than die.
     lonely = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0]], np.int32)
     tables[0][:, 0] = 50.0
     found = beam_search(
-        start(), Trie.build(lonely, SIZES), 2, 1, width=1, seen=Histories.of([[0], []]), seen_codes=lonely[:1]
+        start(), Trie.build(lonely, SIZES), 2, 1, width=1, seen=Histories.of([[0], []]), codes=lonely
     )
     assert found.item[0, 0] in (1, 2)
     assert found.item[1, 0] == 0
@@ -116,6 +114,53 @@ def test_removed_and_added_items():
     truth = exhaustive(tables, codes, 0, False)
     truth[:5] = -np.inf
     np.testing.assert_array_equal(found.item[0, :25], np.argsort(-truth, kind="stable")[:25])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_removed_items_that_were_seen_hide_no_others(seed):
+    codes = catalogue(40, seed)
+    rng = np.random.default_rng(seed)
+    gone, had = (rng.permutation(40)[: rng.integers(1, 30)] for _ in range(2))
+    trie = Trie.build(codes[:30], SIZES).add(codes[30:], np.arange(30, 40)).remove(gone)
+    start, tables = table_model(1, seed)
+    seen, left = Histories.of([had]), np.setdiff1d(np.arange(40), np.union1d(gone, had))
+    truth = exhaustive(tables, codes, 0, False)
+    best = left[np.argsort(-truth[left], kind="stable")]
+    found = beam_search(start(), trie, 1, 40, width=40, seen=seen, codes=codes, renormalise=False)
+    assert found.item[0, found.item[0] != MISSING].tolist() == best.tolist()
+    narrow = beam_search(start(), trie, 1, 1, width=1, seen=seen, codes=codes, renormalise=False)
+    assert (narrow.item[0, 0] in left) == (len(left) > 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_seen_and_denied_items_together_close_what_they_fill(seed):
+    """A narrow beam never ends on a prefix whose items were partly seen and partly denied."""
+    codes, rng = catalogue(40, seed), np.random.default_rng(seed)
+    deny, had = rng.random(40) < rng.random(), rng.permutation(40)[: rng.integers(1, 30)]
+    trie = Trie.build(codes[:30], SIZES).add(codes[30:], np.arange(30, 40)).remove(np.array([4, 33]))
+    start, tables = table_model(1, seed)
+    left = np.setdiff1d(np.flatnonzero(~deny), [*had, 4, 33])
+    truth = exhaustive(tables, codes, 0, False)
+    best = left[np.argsort(-truth[left], kind="stable")]
+    given = {"codes": codes, "seen": Histories.of([had]), "deny": deny, "renormalise": False}
+    wide = beam_search(start(), trie, 1, 40, width=40, **given)
+    assert wide.item[0, wide.item[0] != MISSING].tolist() == best.tolist()
+    np.testing.assert_allclose(wide.score[0, : len(best)], truth[best], atol=1e-5)
+    narrow = beam_search(start(), trie, 1, 1, width=1, **given)
+    assert (narrow.item[0, 0] in left) == (len(left) > 0)
+
+
+def test_seen_or_denied_items_need_codes():
+    trie = Trie.build(catalogue(5), SIZES)
+    for given in ({"seen": Histories.of([[0]])}, {"deny": np.zeros(5, bool)}):
+        with pytest.raises(ConfigError, match=r"without codes\. Pass the codes"):
+            beam_search(table_model(1)[0](), trie, 1, 5, width=5, **given)
+
+
+def test_nothing_is_found_where_nothing_is_left():
+    trie = Trie.build(catalogue(3), SIZES).remove(np.arange(3))
+    found = beam_search(table_model(2)[0](), trie, 2, 4, width=5)
+    assert found.item.tolist() == [[MISSING] * 4] * 2
 
 
 def test_sampling_draws_without_replacement_from_the_model():
@@ -155,5 +200,6 @@ def test_bad_width_and_temperature():
     trie = Trie.build(catalogue(5), SIZES)
     with pytest.raises(ConfigError, match=r"a beam of 3 for 5 items\. The beam is at least k wide"):
         beam_search(table_model(1)[0](), trie, 1, 5, width=3)
-    with pytest.raises(ConfigError, match="A temperature is above 0"):
-        beam_search(table_model(1)[0](), trie, 1, 5, width=5, temperature=0)
+    for temperature in (0, -1, 1e-50, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="A temperature is finite and above 0"):
+            beam_search(table_model(1)[0](), trie, 1, 5, width=5, temperature=temperature)

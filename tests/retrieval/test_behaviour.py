@@ -64,7 +64,11 @@ def test_the_same_twice_and_after_loading(tmp_path):
     np.testing.assert_array_equal(first, BehaviourVectors(0.5, 4).fit_encode(log(), text()))
     encoder.save(tmp_path)
     np.testing.assert_array_equal(BehaviourVectors.load(tmp_path).encode(text()), encoder.encode(text()))
-    (tmp_path / "behaviour.safetensors").unlink()
+    path = tmp_path / "behaviour.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(BundleDamagedError, match="cannot read"):
+        BehaviourVectors.load(tmp_path)
+    path.unlink()
     with pytest.raises(BundleDamagedError, match="cannot read"):
         BehaviourVectors.load(tmp_path)
 
@@ -76,9 +80,11 @@ def test_one_item_and_bad_input():
     assert np.isfinite(BehaviourVectors().fit_encode(one, np.ones((1, 3), np.float32))).all()
     with pytest.raises(ConfigError, match="A weight is at least 0"):
         BehaviourVectors(-1)
-    with pytest.raises(DataError, match="3 text vectors for 24 items"):
-        BehaviourVectors().fit_encode(log(), np.ones((3, 3), np.float32))
+    for bad in (np.ones((3, 3), np.float32), np.full((24, 4), np.nan)):
+        with pytest.raises(DataError, match=r"text vectors .* each of 24 items"):
+            BehaviourVectors().fit_encode(log(), bad)
     encoder = BehaviourVectors(1.0, 4)
     encoder.fit_encode(log(), text())
-    with pytest.raises(DataError, match="width 9 where 4 was fitted"):
-        encoder.encode(np.ones((1, 9), np.float32))
+    for bad in (np.ones((1, 9), np.float32), np.full((1, 4), np.inf)):
+        with pytest.raises(DataError, match=r"text vectors .* 4 wide, from the encoder of the old ones"):
+            encoder.encode(bad)

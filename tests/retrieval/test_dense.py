@@ -15,10 +15,10 @@ from tiglon.data.split import leave_last_out
 from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
-from tiglon.retrieval.dense import windows_of_events
 from tiglon.retrieval.index import FaissIndex
 from tiglon.retrieval.mind import Mind
 from tiglon.retrieval.towers import HashedUsers, ItemTower, Past
+from tiglon.retrieval.two_tower import TwoTower
 from tiglon.retrieval.windows import collate
 from tiglon.train.loop import TrainConfig
 from tiglon.types import MISSING, Histories, Interactions, Vocabulary
@@ -47,11 +47,6 @@ def circle(users=80, length=8):
         users=Vocabulary([f"u{i}" for i in range(users)]),
         items=ITEMS,
     )
-
-
-def test_every_event_is_the_one_target_of_a_row():
-    windows = windows_of_events(np.array([0, 3, 3, 5]), 2)
-    assert windows.tolist() == [[0, 1, 0], [0, 2, 1], [0, 3, 2], [3, 4, 3], [3, 5, 4]]
 
 
 def test_the_past_of_a_row_ends_before_its_target():
@@ -160,6 +155,34 @@ def test_it_learns_what_follows_what(drawn):
     assert evaluate(learned, split.test, ks=(5,)).metrics["recall@5"] > 0.9
 
 
+def test_a_stopped_run_leaves_a_retriever_that_answers_the_same_twice(tmp_path, monkeypatch):
+    split, made, steps = leave_last_out(circle(40)), make(dropout=0.5), iter(range(99))
+    learn = made.network.loss
+
+    def loss(*batch):
+        if next(steps) == 15:
+            raise KeyboardInterrupt
+        return learn(*batch)
+
+    monkeypatch.setattr(made.network, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        made.fit(split.train, split.validation)
+    once, again = (made.retrieve(HISTORIES, 5) for _ in range(2))
+    np.testing.assert_array_equal(once.score, again.score)
+    fresh = ComiRec(ITEMS, made.config, VECTORS)
+    fresh.network.load_state_dict(made.network.state_dict())
+    np.testing.assert_array_equal(fresh.retrieve(HISTORIES, 5).score, once.score)
+
+
+def test_a_checkpoint_of_other_events_or_vectors_is_refused(tmp_path):
+    log = circle(10)
+    make().fit(log, directory=tmp_path)
+    baskets = dataclasses.replace(log, time=log.time // 2)
+    for made, other, what in ((make(), baskets, "events"), (make(-VECTORS), log, "vectors")):
+        with pytest.raises(ConfigError, match=rf"a checkpoint of another training \({what} differ"):
+            made.fit(other, directory=tmp_path)
+
+
 def test_the_same_seed_gives_the_same_weights():
     once, again = (make().fit(circle(20)).network.state_dict() for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -177,37 +200,50 @@ def test_new_items_are_known_by_their_content():
     with_new = made.retrieve(HISTORIES, 8).item
     for old, now in zip(before, with_new, strict=True):
         assert [i for i in now if i < N][:3] == [i for i in old if i != MISSING][:3]
-    assert made.recommend(history=[["new"]], k=3)
+    assert len(made.recommend(history=[["new"]], k=3)[0]) == 3
 
 
 def test_new_items_that_do_not_fit_are_refused():
     more = Vocabulary([*ITEMS.raw.to_pylist(), "new"])
     with pytest.raises(ConfigError, match="knows items by their ids alone"):
         make(None).add_items(more, VECTORS[:1])
-    with pytest.raises(DataError, match="2 vectors for 1 new items"):
-        make().add_items(more, VECTORS[:2])
-    with pytest.raises(DataError, match="finite and of width 6"):
-        make().add_items(more, VECTORS[:1, :4])
-    with pytest.raises(DataError, match="finite and of width 6"):
-        make().add_items(more, VECTORS[:1] * np.nan)
+    made = make()
+    before = made.retrieve(HISTORIES, N)
+    for bad in (VECTORS[:2], VECTORS[:1, :4], VECTORS[:1] * np.nan, np.full((1, C), 1e300), "text"):
+        with pytest.raises(DataError, match=r"vectors of new items .*each of 1 items, 6 wide"):
+            made.add_items(more, bad)
     with pytest.raises(DataError, match="renumbers old items"):
-        make().add_items(Vocabulary(["new", *ITEMS.raw.to_pylist()]), VECTORS[:1])
+        made.add_items(Vocabulary(["new", *ITEMS.raw.to_pylist()]), VECTORS[:1])
+    np.testing.assert_array_equal(made.retrieve(HISTORIES, N).item, before.item)  # nothing half-done
+    made.add_items(more, VECTORS[:1].tolist())
+    assert len(made.items) == len(made.vectors()) == N + 1
 
 
 def test_rows_of_an_item_tower_are_its_table():
     for content in (None, VECTORS):
         tower = ItemTower(N, 4, content)
         at = torch.tensor([[3, 3], [0, 19]])
+        user = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(tower.products(user, at), torch.einsum("td,tmd->tm", user, tower(at)))
+        assert tower.products(user, at[:, :0]).shape == (2, 0)
         torch.testing.assert_close(tower(at), tower.table()[at])
         torch.testing.assert_close(tower(at, tower.table()), tower.table()[at])
 
 
 def test_hashed_users_share_buckets_and_strangers_have_their_own():
-    who = HashedUsers(3, 4)
+    who = HashedUsers(3, 4).eval()
     found = who(torch.tensor([1, 4, -1, 2]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[2], found[3])
     assert HashedUsers(0, 4)(torch.tensor([1, 2])).shape == (2, 0)
+
+
+@pytest.mark.parametrize("kind", [TwoTower, Mind])
+def test_what_a_stranger_is_to_the_network_is_learned(kind):
+    made = kind(ITEMS, kind.Config(width=8, users=4, train=FAST))
+    before = made.network.who.vector.weight[4].clone()
+    made.fit(circle(40))
+    assert not torch.allclose(made.network.who.vector.weight[4], before, atol=1e-3)
 
 
 def test_saved_with_later_items_and_loaded_it_answers_the_same(tmp_path):

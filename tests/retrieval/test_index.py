@@ -91,6 +91,11 @@ def test_a_user_without_interests_gets_nothing(make):
     assert len(make(VECTORS).search(INTERESTS[:0], 4)) == 0
 
 
+def test_no_interests_find_nothing(make):
+    found = make(VECTORS).search(np.zeros((2, 0, D), np.float32), 3)
+    assert found.item.tolist() == [[MISSING] * 3] * 2
+
+
 def test_memory_is_bounded_by_the_block(monkeypatch):
     """No array of users × items is ever made."""
     largest = 0
@@ -123,6 +128,22 @@ def test_an_approximate_index_answers_the_same_call():
     assert share["HNSW32 efSearch=200"] > 0.99
     assert share["IVF32,Flat"] < 0.5
     assert share["IVF32,Flat nprobe=32"] == 1
+
+
+def test_an_index_that_has_told_all_it_looks_at_is_not_asked_again():
+    made, asked = FaissIndex(draw(2000, 16), "IVF32,Flat"), []
+
+    class Watched:
+        d = made.index.d
+
+        def search(self, interests, k, inner=made.index):
+            asked.append(k)
+            return inner.search(interests, k)
+
+    made.index = Watched()
+    found = made.search(draw(10, 2, 16, seed=1), 500, deny=np.arange(2000) % 2 == 0)
+    assert ((found.item != MISSING).sum(axis=1) > 0).all()
+    assert asked == [500]
 
 
 def test_bad_input_is_named(make):

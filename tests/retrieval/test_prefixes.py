@@ -154,6 +154,7 @@ def test_without_new_vectors_or_without_content_new_prefixes_are_silent(vectors)
     made = Prefixes(SIZES, D, CODES[:9], VECTORS[:9] if vectors is None else None).eval()
     longer = made.extended(CODES[9:], vectors)
     new = longer.nodes(ALL[9:])[:, -1]
+    assert (new > 0).all()
     assert (longer.vectors()[new] == 0).all()
 
 

@@ -149,8 +149,13 @@ def test_an_items_share_is_one_over_those_who_share_its_codes():
     for i, s in np.ndindex(*CODES.shape):
         together = (CODES[:, : s + 1] == CODES[i, : s + 1]).all(axis=1).sum()
         assert found[i, s] == pytest.approx(1 / together)
-    gone = Trie.build(CODES, SIZES).remove(np.array([4]))
-    assert shares(gone, CODES)[4, -1] == 0
+
+
+def test_a_removed_item_has_no_share_and_the_others_share_without_it():
+    kept = np.delete(np.arange(len(CODES)), 4)
+    found = shares(Trie.build(CODES, SIZES).remove(np.array([4])), CODES)
+    assert not found[4].any()
+    torch.testing.assert_close(found[kept], shares(Trie.build(CODES[kept], SIZES), CODES[kept]))
 
 
 def test_a_codes_factor_is_the_mean_over_the_items_below_it():

@@ -171,8 +171,8 @@ def test_what_was_had_before_is_offset_once():
     expected = F.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(catalogue_softmax(user, vectors, target, had), expected)
     every = Negatives(torch.arange(N), torch.zeros(N))
-    own, before = vectors[target], vectors[had.item]
-    found = sampled_softmax(user, own, vectors, target, every, had, before)
+    known = torch.einsum("td,tmd->tm", user, vectors[had.item])
+    found = sampled_softmax(user, vectors[target], vectors, target, every, had, known)
     torch.testing.assert_close(found, expected)
 
 
@@ -189,7 +189,7 @@ def test_what_was_had_is_not_estimated():
             target[row],
             Negatives(drawn, torch.zeros(len(drawn))),
             some,
-            vectors[some.item],
+            torch.einsum("td,tmd->tm", user[row], vectors[some.item]),
         )
         for drawn in (torch.tensor([1, 2]), torch.tensor([1, 19, 2, 11, 11]))
     ]

@@ -347,6 +347,24 @@ def test_a_bad_new_vocabulary_or_code_is_told(tiger):
     assert len(small.items) == len(small.ids) == N  # nothing half-done
 
 
+def test_vectors_that_do_not_fit_new_items_change_nothing():
+    knows = Tiger(ids(), ITEMS, config(), vectors=np.random.default_rng(0).normal(size=(N, 9)))
+    before, vectors = knows.retrieve(HISTORIES, N, exclude_seen=False), np.ones((3, 9), np.float32)
+    for bad in (vectors[:, :4], vectors[:2], vectors * np.nan, np.full((3, 9), 1e300)):
+        with pytest.raises(DataError, match=r"vectors of new items .*each of 3 items, 9 wide"):
+            knows.add_items(NEW, NEW_CODES, bad)
+    assert len(knows.items) == len(knows.ids) == len(knows.trie) == N
+    same(knows.retrieve(HISTORIES, N, exclude_seen=False), before)
+    knows.add_items(NEW, NEW_CODES, vectors)
+    assert (knows.retrieve(HISTORIES, N + 3, exclude_seen=False).item != MISSING).all()
+
+
+def test_items_of_another_catalogue_are_told(tiger):
+    for strange in ([N], [-1]):
+        with pytest.raises(DataError, match=r"a dense item outside 0 … 39"):
+            tiger.retrieve(Histories.of([strange]), 5)
+
+
 # -- the paper's rule for new items ------------------------------------------------------------------
 
 

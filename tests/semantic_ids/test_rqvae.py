@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,17 @@ def test_only_dead_codes_are_revived_each_at_its_own_level(model: RQVAE) -> None
     assert torch.equal(model.codebook_LVW[used], before[used])
     for level, code in ((1, 2), (2, 5)):
         assert (q.residual_BLW[:, level] == model.codebook_LVW[level, code]).all(dim=1).any()
+
+
+def test_dead_codes_are_revived_from_more_than_a_last_batch_of_one(monkeypatch) -> None:
+    moved_to = []
+    revive = RQVAE.revive
+    monkeypatch.setattr(
+        RQVAE, "revive", lambda model, *given: (moved_to.append(len(given[1])), revive(model, *given))
+    )
+    points = np.random.default_rng(0).normal(size=(65, 6)).astype(np.float32)
+    RQVAETokenizer(replace(CONFIG, batch=64, epochs=2)).fit(points)
+    assert moved_to == [64]
 
 
 def test_training_lowers_the_loss_and_keeps_codes_in_use(vectors: np.ndarray) -> None:

@@ -25,8 +25,12 @@ class Listed(Retriever):
         self.name, self.items = name, Vocabulary(list(range(n_items)))
         self.found = Candidates(np.array(item), np.array(score, np.float32), name)
 
-    def retrieve(self, histories, k, *, exclude_seen=True):
-        return Candidates(self.found.item[:, :k], self.found.score[:, :k], self.name)
+    def retrieve(self, histories, k, *, exclude_seen=True, deny=None):
+        item = self.found.item
+        denied = np.zeros(item.shape, bool) if deny is None else deny[item]
+        item, order = np.where(denied, MISSING, item), np.argsort(denied, axis=1, kind="stable")[:, :k]
+        score = np.take_along_axis(np.where(denied, -np.inf, self.found.score), order, axis=1)
+        return Candidates(np.take_along_axis(item, order, axis=1), score, self.name)
 
 
 class Told(Retriever):
@@ -35,7 +39,7 @@ class Told(Retriever):
     def __init__(self, name, table):
         self.name, self.items, self.table = name, Vocabulary(list(range(table.shape[1]))), table
 
-    def retrieve(self, histories, k, *, exclude_seen=True):
+    def retrieve(self, histories, k, *, exclude_seen=True, deny=None):
         rows = self.table[histories.item[histories.offsets[:-1]]]
         return top_items(rows, k, histories if exclude_seen else None, source=self.name)
 
@@ -86,7 +90,7 @@ def test_what_is_not_allowed_takes_no_place():
         extra=np.array([9]),
     )
     assert pool.item.tolist() == [1, 2, 3, 5, 8, 9]
-    assert pool.rank.tolist() == [[1, 0], [2, 0], [3, 0], [0, 1], [0, 3], [0, 0]]
+    assert pool.rank.tolist() == [[1, 0], [2, 0], [3, 0], [0, 1], [0, 2], [0, 0]]
 
 
 def test_who_is_not_asked_finds_nothing():

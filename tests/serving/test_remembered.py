@@ -18,9 +18,9 @@ class Counting(Retriever):
     def __init__(self, inner):
         self.inner, self.items, self.asked = inner, inner.items, []
 
-    def retrieve(self, histories, k, *, exclude_seen=True):
+    def retrieve(self, histories, k, *, exclude_seen=True, deny=None):
         self.asked.append(len(histories))
-        found = self.inner.retrieve(histories, k, exclude_seen=exclude_seen)
+        found = self.inner.retrieve(histories, k, exclude_seen=exclude_seen, deny=deny)
         return Candidates(found.item, found.score, self.name)
 
 
@@ -58,6 +58,10 @@ def test_another_question_is_asked_anew(bundle):
     ):
         assert remembered.retrieve(counting, lives, k, exclude_seen=hidden)[1] == 1
     assert remembered.retrieve(counting, life, 5, exclude_seen=True)[1] == 0
+    for item in (1, 2):
+        deny = np.arange(len(bundle.items)) == item
+        for new in (1, 0):
+            assert remembered.retrieve(counting, life, 5, exclude_seen=True, deny=deny)[1] == new
 
 
 def test_the_oldest_are_forgotten(bundle):

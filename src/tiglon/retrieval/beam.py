@@ -17,7 +17,7 @@ Letters: B users, W beams, V codes of a position, S positions, K candidates.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -44,8 +44,9 @@ def beam_search(
     k: int,
     *,
     width: int,
+    codes: np.ndarray | None = None,
     seen: Histories | None = None,
-    seen_codes: np.ndarray | None = None,
+    deny: np.ndarray | None = None,
     renormalise: bool = True,
     temperature: float = 1.0,
     seed: int | None = None,
@@ -53,15 +54,20 @@ def beam_search(
 ) -> Candidates:
     """The k most likely items for each of B users, by beams of `width` (at least k).
 
-    seen, seen_codes: items that a user must not get, with their codes (T, S); prefixes below which a
-        user has seen everything are closed too, so that no beam is lost on them. Probabilities stay.
+    seen: items that a user must not get.   deny: (N,) bool, items that nobody may get.   codes: (N, S), those of
+        all items, for both. A prefix is closed, too, once a user can get nothing below it, so that no beam
+        is lost on it. Probabilities stay.
     temperature: divides the logits.   seed: sample rather than search.
     """
     if width < k:
         raise ConfigError(f"a beam of {width} for {k} items", rule="The beam is at least k wide")
-    if temperature <= 0:
-        raise ConfigError(f"a temperature of {temperature}", rule="A temperature is above 0")
-    closed = closed_nodes(trie, seen, seen_codes) if seen is not None and seen_codes is not None else None
+    if not 0 < np.float32(temperature) < np.inf:
+        raise ConfigError(f"a temperature of {temperature}", rule="A temperature is finite and above 0")
+    if not len(trie):
+        return Candidates(np.full((users, k), MISSING), np.full((users, k), -np.inf, np.float32), source)
+    if codes is None and (seen is not None or deny is not None):
+        raise ConfigError("seen or denied items without codes", fix="Pass the codes (N, S) of all items")
+    barred = barred_nodes(trie, users, codes, seen, deny)
     random = np.random.default_rng(seed)
     node = np.full((users, 1), trie.root, np.int64)
     score = np.zeros((users, 1))  # log-probability of the prefix
@@ -71,12 +77,11 @@ def beam_search(
         logits = np.ascontiguousarray(step(depth, beam, code), np.float32)
         if temperature != 1.0:
             logits = logits / np.float32(temperature)
-        offsets, codes, children = trie.children(node.ravel(), depth)
+        offsets, code_of, children = trie.children(node.ravel(), depth)
         total = np.empty((0, 0)) if renormalise else _log_sum_exp(logits)
-        noise = random.gumbel(size=len(codes)) if seed is not None else np.empty(0)
-        shut = closed[depth] if closed else (np.zeros(users + 1, np.int64), np.empty(0, np.int64))
+        noise = random.gumbel(size=len(code_of)) if seed is not None else np.empty(0)
         beam, code, node, score, key = _select(
-            logits, total, node, score, key, offsets, codes, children, noise, shut[0], shut[1], width
+            logits, total, node, score, key, offsets, code_of, children, noise, *barred[depth], width
         )
         used = max(1, int((key > -np.inf).sum(axis=1).max(initial=1)))
         beam, code, node, score, key = (
@@ -100,25 +105,55 @@ def _candidates(
     return Candidates(item, value, source)
 
 
-def closed_nodes(trie: Trie, seen: Histories, codes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each depth 1 … S, the nodes below which a user has seen every item.
+class Barred(NamedTuple):
+    """What is closed at one depth. Nodes ascend.
 
-    codes: (T, S) of the T seen items. Each entry: (B+1,) offsets and (n,) ascending node handles a user.
+    offsets: (B+1,) of node: (n,), those that are closed to each user.
+    common: (m,) nodes that are closed to everybody, or those alone that are open, with `only`.
     """
-    pair = np.stack([seen.owner, seen.item], axis=1)
-    first = np.unique(pair, axis=0, return_index=True)[1] if len(pair) else np.empty(0, np.int64)
-    owner, codes = seen.owner[first], np.asarray(codes)[first]
+
+    offsets: np.ndarray
+    node: np.ndarray
+    common: np.ndarray
+    only: bool
+
+
+def barred_nodes(
+    trie: Trie, users: int, codes: np.ndarray | None, seen: Histories | None, deny: np.ndarray | None
+) -> list[Barred]:
+    """For each depth 1 … S, the nodes below which there is nothing that a user may get. Arguments as in `beam_search`."""
+    codes = np.empty((0, trie.depth), np.int64) if codes is None else np.asarray(codes)
+    owner = had = listed = np.empty(0, np.int64)
+    if seen is not None and len(seen.item):
+        owner, had = np.unique(np.stack([seen.owner, seen.item]), axis=1)
+    only = deny is not None and 2 * deny.sum() > len(deny)
+    if deny is not None:
+        owner, had = owner[~deny[had]], had[~deny[had]]
+        listed = np.flatnonzero(~deny if only else deny)
+    alive = trie.find(codes[had]) >= 0  # of two with the same prefix one may have been removed
+    owner, had = owner[alive], had[alive]
+    listed = listed[trie.find(codes[listed]) >= 0]
     levels = []
     for depth in range(1, trie.depth + 1):
-        nodes = trie.find(codes[:, :depth])
-        there = nodes >= 0
-        pairs, counts = np.unique(
-            np.stack([owner[there], nodes[there]], axis=1).reshape(-1, 2), axis=0, return_counts=True
+        node, count = np.unique(trie.find(codes[listed, :depth]), return_counts=True)
+        pairs, times = np.unique(
+            np.stack([owner, trie.find(codes[had, :depth])], axis=1), axis=0, return_counts=True
         )
-        full = counts == trie.count(pairs[:, 1], depth)
-        shut_owner, shut = pairs[full, 0], pairs[full, 1]
-        levels.append((np.searchsorted(shut_owner, np.arange(len(seen) + 1)), shut))
+        below = _look_up(node, count, pairs[:, 1])
+        shut = pairs[times == (below if only else trie.count(pairs[:, 1], depth) - below)]
+        common = node if only else node[count == trie.count(node, depth)]
+        levels.append(
+            Barred(np.searchsorted(shut[:, 0], np.arange(users + 1)), shut[:, 1].copy(), common, only)
+        )
     return levels
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The value of each asked (n,), 0 for one that is not among the ascending keys (m,)."""
+    if not len(keys):
+        return np.zeros(len(asked), np.int64)
+    at = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
+    return np.where(keys[at] == asked, values[at], 0)
 
 
 def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -129,7 +164,7 @@ def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True)
 def _select(  # type: ignore[no-untyped-def]
-    logits, total, node, score, key, offsets, codes, children, noise, shut_offsets, shut, width
+    logits, total, node, score, key, offsets, codes, children, noise, shut_offsets, shut, common, only, width
 ):
     """The `width` best continuations of each user's beams, best first; key −inf where there are fewer.
 
@@ -177,6 +212,9 @@ def _select(  # type: ignore[no-untyped-def]
                     gap = key[b, w] - keys[j] + np.log1p(-np.exp(keys[j] - best))
                     keys[j] = key[b, w] - max(0.0, gap) - np.log1p(np.exp(-abs(gap)))
             for j in range(low, high):
+                at = np.searchsorted(common, children[j])
+                if (at < len(common) and common[at] == children[j]) != only:
+                    keys[j - first] = -np.inf
                 at = np.searchsorted(shut[shut_offsets[b] : shut_offsets[b + 1]], children[j])
                 if shut_offsets[b] + at < shut_offsets[b + 1] and shut[shut_offsets[b] + at] == children[j]:
                     keys[j - first] = -np.inf

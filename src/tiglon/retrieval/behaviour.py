@@ -17,11 +17,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.decomposition import TruncatedSVD
 
-from tiglon.errors import BundleDamagedError, ConfigError, DataError
+from tiglon.errors import BundleDamagedError, ConfigError
 from tiglon.retrieval.neighbours import CoOccurrenceConfig, co_occurrence
+from tiglon.retrieval.retriever import item_matrix
 from tiglon.types import Interactions
 
 
@@ -42,9 +44,7 @@ class BehaviourVectors:
 
         interactions: the training events alone, or the IDs would know the future.   text: (N, D).
         """
-        if len(text) != len(interactions.items):
-            raise DataError(f"{len(text)} text vectors for {len(interactions.items)} items")
-        text = unit(text)
+        text = unit(item_matrix(text, len(interactions.items), "text vectors"))
         behaviour = co_occurrence_vectors(interactions, self.width, seed=self.seed)
         known = behaviour.any(axis=1)
         inputs = with_constant(text[known])
@@ -55,12 +55,7 @@ class BehaviourVectors:
 
     def encode(self, text: np.ndarray) -> np.ndarray:
         """(M, D + W) vectors of new items from their text vectors (M, D) alone."""
-        if text.shape[1] + 1 != len(self.from_text):
-            raise DataError(
-                f"text vectors of width {text.shape[1]} where {len(self.from_text) - 1} was fitted",
-                fix="Encode the texts with the encoder of the fit",
-            )
-        text = unit(text)
+        text = unit(item_matrix(text, len(text), "text vectors", len(self.from_text) - 1))
         return self._beside(text, self._predict(text))
 
     def _predict(self, text: np.ndarray) -> np.ndarray:
@@ -82,7 +77,7 @@ class BehaviourVectors:
             arrays = load_file(path)
             self = cls(float(arrays["weight"][0]), max(arrays["from_text"].shape[1], 1))
             self.from_text = arrays["from_text"]
-        except (OSError, KeyError, ValueError, ConfigError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError, ConfigError) as error:
             raise BundleDamagedError(f"cannot read {path}: {error}", fix="Copy the bundle again") from error
         return self
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,7 +30,15 @@ from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.softmax import UnigramSampler
 from tiglon.retrieval.topk import require_dense, tie_order
 from tiglon.retrieval.towers import DenseNetwork, Past
-from tiglon.retrieval.windows import REMEMBERED, Batch, WindowBatches, moments, padded_histories
+from tiglon.retrieval.windows import (
+    REMEMBERED,
+    Batch,
+    WindowBatches,
+    checksum,
+    moments,
+    padded_histories,
+    windows_of_events,
+)
 from tiglon.train.loop import Progress, TrainConfig, train
 from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
 
@@ -87,7 +94,7 @@ class DenseRetriever(Retriever):
 
     def _windows(self, offsets: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """The rows of training, as `WindowBatches` takes them; here one a target."""
-        return windows_of_events(offsets, self.config.window)
+        return windows_of_events(offsets, moment, self.config.window)
 
     def _samples(self) -> bool:
         """Whether negatives are drawn in training."""
@@ -114,7 +121,7 @@ class DenseRetriever(Retriever):
             )
         if not len(interactions):
             raise DataError("a log without any event to predict")
-        c, log = self.config, HistoryStore.build(interactions)
+        c, log, content = self.config, HistoryStore.build(interactions), self.network.items.content
         moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
         windows = self._windows(log.offsets, moment)
         wanted = np.ones(len(interactions), bool)
@@ -135,21 +142,25 @@ class DenseRetriever(Retriever):
             self._learn_last(sample)
             return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
 
-        self.history = train(
-            self.network,
-            epoch_batches,
-            lambda network, batch: network.loss(batch, sampler.draw() if sampler else None),
-            validate if sample is not None else None,
-            c.train,
-            directory,
-            report,
-            about={
-                "retriever": type(self).__name__,
-                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
-                **{key: value for key, value in asdict(c).items() if key not in ("train", "index")},
-            },
-        )
-        self.log, self._searched = log, None
+        try:
+            self.history = train(
+                self.network,
+                epoch_batches,
+                lambda network, batch: network.loss(batch, sampler.draw() if sampler else None),
+                validate if sample is not None else None,
+                c.train,
+                directory,
+                report,
+                about={
+                    "retriever": type(self).__name__,
+                    "vectors": None if content is None else checksum(content.numpy()),
+                    "events": checksum(log.item, moment, log.offsets),
+                    **{key: value for key, value in asdict(c).items() if key not in ("train", "index")},
+                },
+            )
+        finally:
+            self._searched = None  # it was of the weights that the last validation saw
+        self.log = log
         if sample is not None:
             self._learn_last(sample)
         return self
@@ -187,7 +198,7 @@ class DenseRetriever(Retriever):
     def retrieve(
         self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
     ) -> Candidates:
-        """The k best items for each history. deny: (N,) bool, items that nobody may get."""
+        """As `Retriever.retrieve`."""
         require_k(k)
         item, score = [], []
         for start in range(0, max(len(histories), 1), 256):
@@ -256,9 +267,8 @@ class DenseRetriever(Retriever):
         old = len(self.items)
         if not items.raw.slice(0, old).equals(self.items.raw):
             raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
-        if len(vectors) != len(items) - old:
-            raise DataError(f"{len(vectors)} vectors for {len(items) - old} new items")
-        self.network.items.add(vectors)
+        width = None if self.network.items.mean is None else len(self.network.items.mean)
+        self.network.items.add(item_matrix(vectors, len(items) - old, "vectors of new items", width))
         self.items, self._searched = items, None
 
     # -- files ---------------------------------------------------------------------------------
@@ -301,10 +311,3 @@ class DenseRetriever(Retriever):
         training = settings.pop("train")
         training["betas"] = tuple(training["betas"])
         return cls.Config(**settings, train=TrainConfig(**training))
-
-
-def windows_of_events(offsets: np.ndarray, window: int) -> np.ndarray:
-    """(E, 3) a row for each event of a log, its only target: (start, stop, target), `window` events before it."""
-    event = np.arange(offsets[-1])
-    life = np.repeat(offsets[:-1], np.diff(offsets))
-    return np.stack([np.maximum(life, event - window), event + 1, event], axis=1)

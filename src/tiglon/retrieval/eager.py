@@ -47,7 +47,6 @@ K candidates.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -75,8 +74,16 @@ from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
-from tiglon.retrieval.topk import require_dense, tie_keys
-from tiglon.retrieval.windows import Batch, WindowBatches, moments, overlapping_windows, padded_histories
+from tiglon.retrieval.topk import require_dense, require_deny, tie_keys
+from tiglon.retrieval.windows import (
+    Batch,
+    WindowBatches,
+    checksum,
+    moments,
+    overlapping_windows,
+    padded_histories,
+    windows_wanted,
+)
 from tiglon.semantic_ids.balanced_kmeans import ClusterTree, balanced_codes
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
@@ -202,7 +209,7 @@ class CodeSystem:
 
     @cached_property
     def trie(self) -> Trie:
-        return Trie.build(self.ids.codes, self.ids.sizes)
+        return Trie.build(self.ids.codes, self.ids.sizes, self.ids.alive)
 
     @cached_property
     def paths(self) -> list[np.ndarray]:
@@ -260,12 +267,20 @@ class Eager(Retriever):
         for name, system in ids.items():
             if len(system) != len(items):
                 raise DataError(f"{len(system)} semantic IDs of {name} for {len(items)} items")
+        first, *others = ids.values()
+        if any((system.alive != first.alive).any() for system in others):
+            raise DataError("streams that disagree on which items were removed")
         self.vectors: dict[str, np.ndarray] = {}  # (n, C) of the fitted items
         if vectors is not None:
             self.vectors = vectors = _matrices(vectors, items, self.config)
             self.frozen = {name: centred(rows, rows.mean(axis=0)) for name, rows in vectors.items()}
         self.systems = {name: CodeSystem(system) for name, system in ids.items()}
         self._assemble({name: rows.shape[1] for name, rows in self.vectors.items()}, vectors)
+
+    @property
+    def alive(self) -> np.ndarray:
+        """(N,) bool: not removed."""
+        return next(iter(self.systems.values())).ids.alive
 
     def _assemble(self, widths: Mapping[str, int], vectors: Mapping[str, np.ndarray] | None = None) -> None:
         """A new network, with tasks where there are vectors to learn from. widths: C by stream."""
@@ -314,7 +329,8 @@ class Eager(Retriever):
         c, log = self.config, HistoryStore.build(interactions)
         moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
         windows = overlapping_windows(log.offsets, moment, c.window)
-        wanted = np.ones(len(interactions), bool)
+        wanted = self.alive[log.item]  # what left the catalogue is read, not predicted
+        windows = windows_wanted(windows, wanted)
         sample = None
         if validation is not None and len(validation):
             rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_users]
@@ -338,8 +354,8 @@ class Eager(Retriever):
             report,
             about={
                 "ids": {name: system.ids.version for name, system in self.systems.items()},
-                "vectors": {name: zlib.crc32(rows.tobytes()) for name, rows in self.frozen.items()},
-                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
+                "vectors": {name: checksum(rows) for name, rows in self.frozen.items()},
+                "events": checksum(log.item, moment, log.offsets),
                 **{key: value for key, value in asdict(c).items() if key != "train"},
             },
         )
@@ -378,33 +394,34 @@ class Eager(Retriever):
 
     # -- answering -----------------------------------------------------------------------------
 
-    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
         """The k items that the streams are most confident of; scores are log-probabilities.
 
         With `ranking` "both" they are the sums of two, the products of what both streams give an item.
         """
         require_k(k)
         require_dense(histories, len(self.items))
-        k = min(k, len(self.items))
+        require_deny(deny, len(self.items))
+        k = min(k, int(self.alive.sum()))
         found_item = np.full((len(histories), k), MISSING, np.int64)
         found_score = np.full((len(histories), k), -np.inf, np.float32)
         order = np.argsort(histories.lengths, kind="stable")
         for start in range(0, len(order), USERS):
             rows = np.sort(order[start : start + USERS])
-            best = self._best(histories.take(rows), k, exclude_seen)
+            best = self._best(histories.take(rows), k, exclude_seen, deny)
             found_item[rows, : best.item.shape[1]] = best.item
             found_score[rows, : best.item.shape[1]] = best.score
         return Candidates(found_item, found_score, self.name)
 
     @torch.inference_mode()
-    def _best(self, histories: Histories, k: int, exclude_seen: bool) -> Candidates:
+    def _best(self, histories: Histories, k: int, exclude_seen: bool, deny: np.ndarray | None) -> Candidates:
         item, moment, now = padded_histories(histories.last(self.config.window))
         streams = self.network.streams
         embedded = {name: streams[name].embed(system.codes[item]) for name, system in self.systems.items()}
         memories = self.network.encode(embedded, moment)
-        width = min(max(k, self.config.beams), len(self.items))
-        seen = histories if exclude_seen else None
-
+        width = min(max(k, self.config.beams), int(self.alive.sum()))
         returns = {
             name: Returns.of(self.network.repetition, histories, system.codes, system.trie)
             for name, system in self.systems.items()
@@ -420,17 +437,19 @@ class Eager(Retriever):
                 len(histories),
                 width,
                 width=width,
-                seen=seen,
-                seen_codes=system.ids.codes[histories.item],
+                codes=system.ids.codes,
+                seen=histories if exclude_seen else None,
+                deny=deny,
             )
             for name, system in self.systems.items()
         }
         confidence = {name: beam.score.astype(np.float64) for name, beam in beams.items()}
         if self.config.ranking == "both":
             for name, beam in beams.items():
+                listed = np.where(beam.item == MISSING, self.alive.argmax(), beam.item)  # any; it stays −inf
                 for other, system in self.systems.items():
                     if other != name:
-                        confidence[name] += item_scores(step(other), system.trie, system.ids.codes[beam.item])
+                        confidence[name] += item_scores(step(other), system.trie, system.ids.codes[listed])
         items, scores = merged(
             np.concatenate([beam.item for beam in beams.values()], axis=1),
             np.concatenate(list(confidence.values()), axis=1),
@@ -445,7 +464,7 @@ class Eager(Retriever):
         streams = self.network.streams.items()
         said = [stream.items(stream.embed(self.systems[name].codes)) for name, stream in streams]
         vectors = torch.cat([F.normalize(rows, dim=1) for rows in said], dim=1)
-        return most_alike(vectors.numpy(), items, k, self.name)
+        return most_alike(vectors.numpy(), items, k, self.name, ~self.alive)
 
     # -- items that arrive later -----------------------------------------------------------------
 
@@ -465,14 +484,8 @@ class Eager(Retriever):
                 rule="An item without events is known by its text",
                 fix=f'Give the items a column of text, make vectors["{SEMANTIC}"] of it, and fit anew',
             )
-        if len(vectors) != len(items) - old:
-            raise DataError(f"{len(vectors)} vectors for {len(items) - old} new items")
         known = self.vectors[SEMANTIC]
-        if vectors.shape[1:] != known.shape[1:] or not np.isfinite(vectors).all():
-            raise DataError(
-                f"vectors of shape {vectors.shape} for new items",
-                rule=f"They are finite and of width {known.shape[1]}, from the encoder of the old ones",
-            )
+        vectors = item_matrix(vectors, len(items) - old, "vectors of new items", known.shape[1])
         content = {SEMANTIC: vectors}
         if BEHAVIOUR in self.vectors:
             content[BEHAVIOUR] = _of_alike(vectors, known, self.vectors[BEHAVIOUR])
@@ -481,11 +494,16 @@ class Eager(Retriever):
             ids, fitted = system.ids, self.fitted_items
             tree = ClusterTree(ids.codes[:fitted], self.vectors[name])
             codes = np.concatenate([ids.codes, tree.place(content[name], ids.codes, ids.sizes[-1])])
-            grown[name] = CodeSystem(SemanticIds(codes, ids.sizes, np.ones(len(codes), bool), ids.version))
+            alive = np.concatenate([ids.alive, np.ones(len(codes) - old, bool)])
+            grown[name] = CodeSystem(SemanticIds(codes, ids.sizes, alive, ids.version))
         if self.config.model.prefixes:
             new = {name: system.ids.codes[old:] for name, system in grown.items()}
             self.network = self.network.extended(new, content)
         self.systems, self.items, self.frozen = grown, items, None
+
+    def remove_items(self, items: np.ndarray) -> None:
+        """Never recommend these dense items again; their codes are not given to others."""
+        self.systems = {name: CodeSystem(system.ids.remove(items)) for name, system in self.systems.items()}
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import torch
 
 from tiglon.errors import ConfigError, DataError, MissingExtraError
 from tiglon.retrieval.retriever import require_k
-from tiglon.retrieval.topk import best_places, require_dense, tie_order
+from tiglon.retrieval.topk import best_places, require_dense, require_deny, tie_order
 from tiglon.types import MISSING, Candidates, Histories
 
 _BLOCK = 1 << 13  # items
@@ -70,8 +70,9 @@ class ExactIndex:
         k = min(k, n_items)
         item = np.full((len(interests), k), MISSING, np.int64)
         score = np.full((len(interests), k), -np.inf, np.float32)
-        at_once = max(1, _SCORES // (min(_BLOCK, n_items) * max(interests.shape[1], 1)))
-        for start in range(0, len(interests), at_once):
+        users, many = present.shape
+        at_once = max(1, _SCORES // (min(_BLOCK, n_items) * max(many, 1)))
+        for start in range(0, users if many else 0, at_once):
             rows = slice(start, start + at_once)
             banned = None if seen is None else seen.take(rows)
             self._search(interests[rows], present[rows], banned, deny, item[rows], score[rows])
@@ -167,7 +168,8 @@ class FaissIndex:
             if deny is not None:
                 allowed &= ~deny[item]
             allowed &= ~np.isin(owner * n_items + item, keys)
-            short = present.reshape(-1) & (allowed.sum(axis=1) < k)
+            more = item[:, -1] != MISSING  # the others have told all that they look at
+            short = present.reshape(-1) & (allowed.sum(axis=1) < k) & more
             if asked == n_items or not short.any():
                 break
             asked = min(2 * asked, n_items)
@@ -281,9 +283,5 @@ def _checked(
         if len(seen) != len(interests):
             raise DataError(f"seen items of {len(seen)} users for interests of {len(interests)}")
         require_dense(seen, n_items)
-    if deny is not None and (deny.shape != (n_items,) or deny.dtype != bool):
-        raise DataError(
-            f"denied items of shape {deny.shape} and type {deny.dtype}",
-            rule=f"deny is one bool for each of the {n_items} items",
-        )
+    require_deny(deny, n_items)
     return _finite(interests, "interests"), present

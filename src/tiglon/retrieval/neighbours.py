@@ -43,7 +43,7 @@ from tiglon.data.split import moment_starts
 from tiglon.data.text import render
 from tiglon.errors import BundleDamagedError, ConfigError, DataError
 from tiglon.retrieval.retriever import Retriever, require_k
-from tiglon.retrieval.topk import best_places, require_dense, tie_order, top_items
+from tiglon.retrieval.topk import best_places, require_dense, require_deny, tie_order, top_items
 from tiglon.types import Candidates, Histories, Interactions, Items, Vocabulary
 
 if TYPE_CHECKING:
@@ -143,9 +143,12 @@ class CatalogueScorer(Retriever):
         silent = evidence.max(axis=1, initial=0) <= 0
         return np.where(silent[:, None], self._popularity, evidence) if silent.any() else evidence
 
-    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
-        """The k best items for each history; the items of a row are those of the user alone."""
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
+        """As `Retriever.retrieve`."""
         require_k(k)
+        require_deny(deny, len(self.items))
         self._require_fitted()
         width = min(k, len(self.items))
         item = np.empty((len(histories), width), np.int64)
@@ -154,7 +157,8 @@ class CatalogueScorer(Retriever):
         for start in range(0, len(histories), step):
             rows = slice(start, start + step)
             some = histories.take(rows)
-            best = top_items(self.score(some), k, some if exclude_seen else None)
+            scores = self.score(some) if deny is None else np.where(deny, -np.inf, self.score(some))
+            best = top_items(scores, k, some if exclude_seen else None)
             item[rows], score[rows] = best.item, best.score
         return Candidates(item, score, self.name)
 

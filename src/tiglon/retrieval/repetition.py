@@ -152,8 +152,7 @@ class Returns(NamedTuple):
 def shares(trie: Trie, codes: np.ndarray) -> Tensor:
     """(N, S) of items with codes (N, S): one over how many items lie below their first 1 … S codes; 0 for none."""
     made = np.zeros(codes.shape, np.float32)
+    there = trie.find(codes) >= 0  # a removed item is below no prefix, though others may be
     for s in range(codes.shape[1]):
-        node = trie.find(codes[:, : s + 1])
-        there = node >= 0
-        made[there, s] = 1 / np.maximum(trie.count(node[there], s + 1), 1)
+        made[there, s] = 1 / trie.count(trie.find(codes[there, : s + 1]), s + 1)
     return torch.from_numpy(made)

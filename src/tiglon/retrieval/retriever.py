@@ -25,11 +25,14 @@ class Retriever(abc.ABC):
     log: HistoryStore | None = None
 
     @abc.abstractmethod
-    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
         """The k best items for each history, best first; fewer where the catalogue has fewer.
 
         Pass whole histories: a retriever keeps as much of them as it reads. With `exclude_seen`
-        no item of a user's own history is returned.
+        no item of a user's own history is returned.   deny: (N,) bool, items that nobody may get; they are
+        left out inside the search, so that a list is as long as the others allow.
         """
 
     def recommend(
@@ -94,15 +97,17 @@ def require_k(k: int) -> None:
         raise ConfigError(f"k of {k!r}", rule="k is a whole number of at least 1")
 
 
-def item_matrix(vectors: Any, items: int, what: str = "item vectors") -> np.ndarray:
-    """Vectors as (N, C) float32. Raises DataError unless there is a finite one for each of `items`."""
-    rule = f"There is one finite vector for each of {items} items, all of one width"
+def item_matrix(vectors: Any, items: int, what: str = "item vectors", width: int | None = None) -> np.ndarray:
+    """Vectors as (N, C) float32. Raises DataError unless there is a finite one for each of `items`, C of `width`."""
+    same = "all of one width" if width is None else f"{width} wide, from the encoder of the old ones"
+    rule = f"There is one finite vector for each of {items} items, {same}"
     try:
         with np.errstate(over="ignore"):
             rows = np.ascontiguousarray(vectors, np.float32)
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} that are no matrix of numbers", rule=rule) from error
-    if rows.ndim != 2 or len(rows) != items or not np.isfinite(rows).all():
+    fits = rows.ndim == 2 and len(rows) == items and width in (None, rows.shape[1])
+    if not fits or not np.isfinite(rows).all():
         strange = int((~np.isfinite(rows)).sum())
         also = f" with {strange} numbers that are not finite" if strange else ""
         raise DataError(f"{what} of shape {rows.shape}{also}", rule=rule)

@@ -106,7 +106,8 @@ class SasRecNetwork(DenseNetwork):
             return catalogue_softmax(state_TD, table, target, had)
         assert negatives is not None
         drawn, own = self.items(negatives.item), x_BLD[batch.target]
-        return sampled_softmax(state_TD, own, drawn, target, negatives, had, self.items(had.item))
+        had_TM = self.items.products(state_TD, had.item)
+        return sampled_softmax(state_TD, own, drawn, target, negatives, had, had_TM)
 
 
 class SasRec(DenseRetriever):

@@ -64,23 +64,23 @@ def sampled_softmax(
     target_T: Tensor,
     drawn: Negatives,
     had: Had | None = None,
-    had_TMD: Tensor | None = None,
+    had_TM: Tensor | None = None,
 ) -> Tensor:
     """(T,) the same, the other items estimated by the drawn ones; a draw of the target itself is left out.
 
-    target_TD, drawn_CD, had_TMD: the vectors of the targets, of the drawn items, of what came before; that is not
-    estimated, so a draw of it is left out, too.
+    target_TD, drawn_CD: the vectors of the targets and of the drawn items.   had_TM: the products of what came before;
+    that is not estimated, so a draw of it is left out, too.
     """
     positive_T = (user_TD * target_TD).sum(dim=-1).float()
     others_TC = (user_TD @ drawn_CD.T).float() - drawn.log_count
     others_TC = others_TC.masked_fill(target_T[:, None] == drawn.item, -torch.inf)
     if had is not None:
-        assert had_TMD is not None
+        assert had_TM is not None
         others_TC = others_TC.masked_fill(_is_among(drawn.item, had.item, had.there), -torch.inf)
         own_TM = had.there & (had.item == target_T[:, None])
         positive_T = positive_T + torch.where(own_TM, had.offset, 0.0).sum(dim=1)
-        had_TM = (had_TMD @ user_TD[..., None])[..., 0].float() + had.offset
-        others_TC = torch.cat([others_TC, had_TM.masked_fill(~had.there | own_TM, -torch.inf)], dim=1)
+        known_TM = had_TM.float() + had.offset
+        others_TC = torch.cat([others_TC, known_TM.masked_fill(~had.there | own_TM, -torch.inf)], dim=1)
     return torch.cat([positive_T[:, None], others_TC], dim=1).logsumexp(dim=1) - positive_T
 
 

@@ -10,7 +10,6 @@ Letters: E events, B rows, L events of a row, S code positions, T targets, K can
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -34,7 +33,8 @@ from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
-from tiglon.retrieval.windows import Batch, WindowBatches, moments, padded_histories
+from tiglon.retrieval.topk import require_dense, require_deny
+from tiglon.retrieval.windows import Batch, WindowBatches, checksum, moments, padded_histories, windows_wanted
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
 from tiglon.train.loop import Progress, TrainConfig, train
@@ -86,7 +86,7 @@ class Tiger(Retriever):
         if vectors is not None:
             vectors = item_matrix(vectors, len(ids))
         self.fitted_items = len(ids)
-        self._digest = None if vectors is None else zlib.crc32(vectors.tobytes())
+        self._digest = None if vectors is None else checksum(vectors)
         torch.manual_seed(self.config.train.seed)
         self.network: CausalTiger | PaperTiger = (
             PaperTiger(ids.sizes, self.config.model)
@@ -128,8 +128,7 @@ class Tiger(Retriever):
         wanted = (self.ids.alive & self.trained)[log.item]  # what left the catalogue is read, not predicted
         windows = self.network.windows(log.offsets, moment, self.config.window)
         user = user_names(interactions.users)[interactions.user]
-        before = np.concatenate([[0], np.cumsum(wanted)])  # (E+1,)
-        windows = windows[before[windows[:, 1]] > before[windows[:, 2]]]
+        windows = windows_wanted(windows, wanted)
         if not len(windows):
             raise DataError("a log without any event to predict", rule="A target has an event before it")
         c = self.config
@@ -160,7 +159,7 @@ class Tiger(Retriever):
             about={
                 "ids": self.ids.version,
                 "vectors": self._digest,
-                "events": f"{len(log.item)} events, checksum {zlib.crc32(log.item.tobytes())}",
+                "events": checksum(log.item, moment, log.offsets, wanted),
                 **{key: value for key, value in asdict(c).items() if key != "train"},
             },
         )
@@ -207,14 +206,17 @@ class Tiger(Retriever):
         k: int,
         *,
         exclude_seen: bool = True,
+        deny: np.ndarray | None = None,
         temperature: float = 1.0,
         seed: int | None = None,
     ) -> Candidates:
-        """The k most likely next items; scores are log-probabilities (under `temperature`).
+        """The k most likely next items, as `Retriever.retrieve`; scores are log-probabilities (under `temperature`).
 
         seed: draw the items without replacement from the model, for variety, in place of the best.
         """
         require_k(k)
+        require_dense(histories, len(self.items))
+        require_deny(deny, len(self.items))
         k = min(k, len(self.trie))
         found_item = np.full((len(histories), k), MISSING, np.int64)
         found_score = np.full((len(histories), k), -np.inf, np.float32)
@@ -229,8 +231,9 @@ class Tiger(Retriever):
                 len(some),
                 k,
                 width=max(k, self.config.beams),
+                codes=self.ids.codes,
                 seen=some if exclude_seen else None,
-                seen_codes=self.ids.codes[some.item],
+                deny=deny,
                 renormalise=self.config.renormalise,
                 temperature=temperature,
                 seed=None if seed is None else seed + start,
@@ -265,17 +268,20 @@ class Tiger(Retriever):
         the network knows content, by their vectors (M, C). Nothing is learned.
 
         items: the whole new vocabulary, old ids first.
-        Raises DataError where old ids moved, CapacityError where a collision group is full.
+        Raises DataError where old ids moved or vectors do not fit, CapacityError where a collision group is full.
         """
         old = len(self.items)
         if not items.raw.slice(0, old).equals(self.items.raw):
             raise DataError("a vocabulary that renumbers old items", rule="New items come after the old")
-        ids = self.ids.add(codes, Vocabulary(items.raw.slice(old)))
-        self.trie = self.trie.add(ids.codes[old:], np.arange(old, len(items)))
-        if isinstance(self.network, CausalTiger) and self.network.config.prefixes:
-            self.network = self.network.extended(ids.codes[old:], vectors)
+        ids, network = self.ids.add(codes, Vocabulary(items.raw.slice(old))), self.network
+        trie = self.trie.add(ids.codes[old:], np.arange(old, len(items)))
+        if isinstance(network, CausalTiger) and network.config.prefixes:
+            if vectors is not None and network.prefixes.projected is not None:
+                width = len(network.prefixes.mean)
+                vectors = item_matrix(vectors, len(items) - old, "vectors of new items", width)
+            network = network.extended(ids.codes[old:], vectors)
         self.trained = np.concatenate([self.trained, np.zeros(len(items) - old, bool)])
-        self.ids, self.items = ids, items
+        self.ids, self.items, self.trie, self.network = ids, items, trie, network
         self._forget()
 
     def remove_items(self, items: np.ndarray) -> None:

@@ -9,7 +9,9 @@ Cost: every target encodes its own history again, at S tokens an item.
 Deviations:
 - 4.85 M parameters at the published sizes, not the 13 M that the paper states;
 - the user token is optional, and off by default: reproductions find it no better;
-- an optional separator after each item, which reproductions find to help.
+- an optional separator after each item, which reproductions find to help;
+- AdamW with a falling rate and averaged weights, and the loss and the beam over codes that exist (`TigerConfig`);
+- of a basket, whose order says nothing, no item is read for another.
 With the weights of a Hugging Face T5 of the same sizes the logits are the same.
 
 Letters: B rows, L items, S code positions, K encoder tokens, D width, V codes a position, W beams.
@@ -36,6 +38,7 @@ from tiglon.nn.transformer import (
     KeysValues,
     t5_bucket,
 )
+from tiglon.retrieval.windows import windows_of_events
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,7 @@ class PaperTiger(nn.Module):
     @staticmethod
     def windows(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
         """Rows (start, stop, first target) of a log: every event that has a past is the target of one row."""
-        life = np.repeat(offsets[:-1], np.diff(offsets))
-        target = np.flatnonzero(moment > 0)
-        start = np.maximum(life[target], target - window)
-        start = np.where(
-            moment[start] == moment[target], life[target], start
-        )  # a basket longer than a window
-        return np.stack([start, target + 1, target], axis=1)
+        return windows_of_events(offsets, moment, window)[moment > 0]
 
     def embed_codes(self, codes_NS: Tensor) -> Tensor:
         """(N, S, D)."""

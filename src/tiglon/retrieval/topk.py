@@ -76,6 +76,15 @@ def require_dense(histories: Histories, n_items: int) -> None:
         )
 
 
+def require_deny(deny: np.ndarray | None, n_items: int) -> None:
+    """Raise DataError unless it is one bool for each item, or None."""
+    if deny is not None and (deny.shape != (n_items,) or deny.dtype != bool):
+        raise DataError(
+            f"denied items of shape {deny.shape} and type {deny.dtype}",
+            rule=f"deny is one bool for each of the {n_items} items",
+        )
+
+
 @njit(cache=True, nogil=True)
 def best_places(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
     """(B, k) where the best scores of each row stand, in no order; MISSING after the last one above −inf.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError
 from tiglon.nn.interests import disagreement
 from tiglon.nn.transformer import Dropout
 from tiglon.retrieval.prefixes import QUIET, centred, principal_axes
@@ -22,6 +22,7 @@ from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
 from tiglon.retrieval.windows import Batch
 
+STRANGERS = 0.1  # of the users in training, who are taken for nobody known
 OWN = 2 * QUIET  # size of an item's first random vector where content speaks from the start
 
 
@@ -89,28 +90,29 @@ class ItemTower(nn.Module):
         own = self.own(item)
         return own if self.content is None else own + self.content[item] @ self.project
 
+    def products(self, user: Tensor, item: Tensor) -> Tensor:
+        """(T, M) of users (T, D) with dense items (T, M), many of them the same."""
+        distinct, at = item.unique(return_inverse=True)
+        return (user @ self(distinct).T).gather(1, at)
+
     @torch.no_grad()
     def add(self, content: np.ndarray) -> None:
-        """New items after the old, by their content (M, C); vectors of their own are zero."""
+        """New items after the old, by their content (M, C) float32; vectors of their own are zero."""
         if self.content is None or self.mean is None:
             raise ConfigError(
                 "new items for a retriever that knows items by their ids alone",
                 rule="An item without events is known by its content",
                 fix="Give `vectors` when the retriever is made, and fit it anew",
             )
-        if content.shape[1:] != self.mean.shape or not np.isfinite(content).all():
-            raise DataError(
-                f"vectors of shape {content.shape} for new items",
-                rule=f"They are finite and of width {len(self.mean)}, from the encoder of the old ones",
-            )
-        more = torch.from_numpy(centred(content.astype(np.float32), self.mean.numpy()))
+        more = torch.from_numpy(centred(content, self.mean.numpy()))
         own = torch.cat([self.own.weight, torch.zeros(len(content), self.own.weight.shape[1])])
         self.own = nn.Embedding.from_pretrained(own, freeze=False)
         self.content = torch.cat([self.content, more])
 
 
 class HashedUsers(nn.Module):
-    """A vector of who the user is, shared by those in one of `buckets`; strangers have one of their own.
+    """A vector of who the user is, shared by those in one of `buckets`; strangers have one of their own, which is
+    learned from every tenth user.
 
     buckets: 0 for no vector at all, which is (B, 0).
     """
@@ -125,7 +127,10 @@ class HashedUsers(nn.Module):
         """(B, width) of hashed users (B,), −1 for a stranger."""
         if not self.buckets:
             return self.vector.weight.new_zeros(len(user), 0)
-        return self.vector(torch.where(user < 0, self.buckets, user % self.buckets))
+        stranger = user < 0
+        if self.training:
+            stranger = stranger | (torch.rand(len(user)) < STRANGERS)
+        return self.vector(torch.where(stranger, self.buckets, user % self.buckets))
 
 
 class DenseNetwork(nn.Module, abc.ABC):
@@ -200,6 +205,6 @@ class InterestNetwork(DenseNetwork):
             assert table is not None
             loss = catalogue_softmax(user_TD, table, target, had)
         else:
-            drawn, before = self.items(negatives.item), self.items(had.item)
-            loss = sampled_softmax(user_TD, target_TD, drawn, target, negatives, had, before)
+            drawn, had_TM = self.items(negatives.item), self.items.products(user_TD, had.item)
+            loss = sampled_softmax(user_TD, target_TD, drawn, target, negatives, had, had_TM)
         return loss - self.weight * disagreement(interests, present) if self.weight else loss

@@ -5,6 +5,7 @@ Letters: E events, B rows, L events of a row, T targets, M items that came befor
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,16 +60,37 @@ def overlapping_windows(offsets: np.ndarray, moment: np.ndarray, window: int) ->
     """Rows (start, stop, first target) of a log: whole lives, or overlapping halves of long ones.
 
     Every event is a target once, the first of a life too (from the start state alone); in a life
-    longer than `window` it has at least half a window before it.
+    longer than `window` it has at least half a window before its moment.
     """
     half = max(window // 2, 1)
     length = np.diff(offsets)
     pieces = np.where(length > 2 * half, -(-length // half) - 1, (length > 0).astype(np.int64))
     life = np.repeat(np.arange(len(length)), pieces)
     number = np.arange(len(life)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = offsets[life] + number * half
-    stop = np.minimum(start + 2 * half, offsets[life + 1])
-    return np.stack([start, stop, np.where(number > 0, start + half, start)], axis=1)
+    first = offsets[life] + np.where(number > 0, number + 1, 0) * half
+    stop = np.minimum(offsets[life] + (number + 2) * half, offsets[life + 1])
+    start = _before(offsets, moment, half)[first] if len(first) else first
+    return np.stack([start, stop, first], axis=1)
+
+
+def windows_of_events(offsets: np.ndarray, moment: np.ndarray, window: int) -> np.ndarray:
+    """(E, 3) a row for each event of a log, its only target: (start, stop, target), `window` events before its moment."""
+    event = np.arange(offsets[-1])
+    return np.stack([_before(offsets, moment, window), event + 1, event], axis=1)
+
+
+def windows_wanted(windows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Those rows with a target among the wanted events (E,) bool."""
+    before = np.concatenate([[0], np.cumsum(wanted)])  # (E+1,)
+    return windows[before[windows[:, 1]] > before[windows[:, 2]]]
+
+
+def _before(offsets: np.ndarray, moment: np.ndarray, many: int) -> np.ndarray:
+    """(E,) where the `many` events begin that are before each event's moment, or its life."""
+    life = np.repeat(offsets[:-1], np.diff(offsets))
+    event = np.arange(len(moment))
+    first = np.where((event == life) | (moment != np.roll(moment, 1)), event, 0)
+    return np.maximum(life, np.maximum.accumulate(first) - many)
 
 
 def moments(log: Interactions) -> np.ndarray:
@@ -79,6 +101,14 @@ def moments(log: Interactions) -> np.ndarray:
     number = np.cumsum(number) - 1
     first = np.searchsorted(log.user, np.arange(len(log.users)))
     return number - number[np.minimum(first, len(log) - 1)][log.user] if len(log) else number
+
+
+def checksum(*arrays: np.ndarray) -> int:
+    """What tells the arrays that a training depends on from others."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(array.tobytes(), found)
+    return found
 
 
 def histories_moments(histories: Histories) -> np.ndarray:

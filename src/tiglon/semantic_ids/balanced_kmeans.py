@@ -80,7 +80,7 @@ class ClusterTree:
             nodes, at = np.unique(codes[:, :level], axis=0, return_inverse=True)
             total = np.zeros((len(nodes), vectors.shape[1]))
             np.add.at(total, at.ravel(), vectors)
-            self.centres.append((total / np.bincount(at.ravel())[:, None]).astype(np.float32))
+            self.centres.append(total / np.bincount(at.ravel())[:, None])
             if level > 1:
                 _, first = np.unique(nodes[:, :-1], axis=0, return_index=True)
                 self.first_child.append(np.append(first, len(nodes)))
@@ -107,7 +107,7 @@ class ClusterTree:
         for first in reversed(self.first_child):
             room.insert(0, np.add.reduceat(room[0], first[:-1]))
         codes = np.empty((len(vectors), taken.shape[1]), np.int32)
-        for row, vector in enumerate(vectors.astype(np.float32)):
+        for row, vector in enumerate(vectors.astype(np.float64)):  # squares must not overflow
             low, high = 0, len(room[0])
             for level, centres in enumerate(self.centres):
                 distance = np.square(centres[low:high] - vector).sum(axis=1)

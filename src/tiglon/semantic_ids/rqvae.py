@@ -230,7 +230,8 @@ def _train(
     for epoch in range(config.epochs):
         count_LV = torch.zeros(config.levels, config.codes)
         sums: dict[str, float] = {}
-        for rows in torch.randperm(len(x_ND), generator=generator).split(config.batch):
+        order = torch.randperm(len(x_ND), generator=generator)
+        for rows in order.split(config.batch):
             x_BD = x_ND[rows]
             guess_BD, quantised = model(x_BD)
             terms = loss(x_BD, guess_BD, quantised, config.beta)
@@ -243,6 +244,7 @@ def _train(
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
         if epoch < config.epochs // 2:  # later moves would find no time to settle
+            _, quantised = model(x_ND[order[: config.batch]])  # the last batch may be of one row
             model.revive(count_LV > 0, quantised.residual_BLW.detach(), generator)
         if on_epoch:
             on_epoch(epoch, {name: value / len(x_ND) for name, value in sums.items()} | _usage(count_LV))

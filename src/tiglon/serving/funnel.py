@@ -40,7 +40,7 @@ from tiglon.errors import ConfigError, DataError, require_counts
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum
 from tiglon.retrieval.retriever import Retriever, require_k
-from tiglon.retrieval.topk import tie_keys, top_items
+from tiglon.retrieval.topk import require_deny, tie_keys, top_items
 from tiglon.serving.remembered import Remembered
 from tiglon.types import MISSING, Candidates, Histories, Targets
 
@@ -172,11 +172,14 @@ def gather(
         else:
             read = histories if known == n_items else readable[known]
             most = config.gives(retriever, k)
+            rules: dict[str, Any] = {"exclude_seen": exclude_seen}
+            if allowed is not None:
+                rules["deny"] = ~allowed[:known]
             if remembered is None:
-                best, asked = retriever.retrieve(read, most, exclude_seen=exclude_seen), B
+                best, asked = retriever.retrieve(read, most, **rules), B
             else:
-                best, asked = remembered.retrieve(retriever, read, most, exclude_seen=exclude_seen)
-            item = best.item if allowed is None else _only(best.item, allowed)
+                best, asked = remembered.retrieve(retriever, read, most, **rules)
+            item = best.item
         items.append(item)
         scores.append(best.score)
         if asked:
@@ -219,10 +222,6 @@ def _known(histories: Histories, known: int, stand_in: np.ndarray | None) -> His
     lengths = np.bincount(histories.owner[there], minlength=len(histories))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Histories(offsets, item[there], histories.time[there], user=histories.user)
-
-
-def _only(item: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    return np.where((item != MISSING) & allowed[item], item, MISSING)
 
 
 # -- features --------------------------------------------------------------------------------------------------
@@ -431,8 +430,11 @@ class Funnel(Retriever):
             return score
         return score + self.fusion.ranker * ranked(self.reader, pool, score, lives)
 
-    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
         require_k(k)
+        require_deny(deny, len(self.items))
         k = min(k, len(self.items))
         item = np.full((len(histories), k), MISSING, np.int64)
         score = np.full((len(histories), k), -np.inf, np.float32)
@@ -444,6 +446,7 @@ class Funnel(Retriever):
                 self.config,
                 k=k,
                 exclude_seen=exclude_seen,
+                allowed=None if deny is None else ~deny,
                 remembered=self.remembered,
             )
             value = self.fusion.score(features(pool, some, self.popularity))

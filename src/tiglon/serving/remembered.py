@@ -23,20 +23,30 @@ class Remembered:
 
     def __init__(self, most: int = 4_096) -> None:
         self._most = most
-        self._rows: OrderedDict[tuple[str, int, bool, bytes], Row] = OrderedDict()
+        self._rows: OrderedDict[tuple[str, int, bool, bytes, bytes], Row] = OrderedDict()
         self._lock = threading.Lock()
 
     def retrieve(
-        self, retriever: Retriever, lives: Histories, k: int, *, exclude_seen: bool
+        self,
+        retriever: Retriever,
+        lives: Histories,
+        k: int,
+        *,
+        exclude_seen: bool,
+        deny: np.ndarray | None = None,
     ) -> tuple[Candidates, int]:
         """What the retriever finds, and for how many of the lives it had to be asked."""
-        keys = [(retriever.name, k, exclude_seen, life) for life in _digests(lives)]
+        denied = (
+            b"" if deny is None else hashlib.blake2b(np.packbits(deny).tobytes(), digest_size=16).digest()
+        )
+        keys = [(retriever.name, k, exclude_seen, denied, life) for life in _digests(lives)]
         with self._lock:
             known = [self._rows.get(key) for key in keys]
         new = [b for b, row in enumerate(known) if row is None]
         rows = {b: row for b, row in enumerate(known) if row is not None}
         if new:
-            found = retriever.retrieve(lives.take(np.array(new)), k, exclude_seen=exclude_seen)
+            some = lives.take(np.array(new))
+            found = retriever.retrieve(some, k, exclude_seen=exclude_seen, deny=deny)
             rows |= {b: (found.item[i], found.score[i]) for i, b in enumerate(new)}
         with self._lock:
             for key, row in zip(keys, (rows[b] for b in range(len(lives))), strict=True):
@@ -62,9 +72,11 @@ class Remembering(Retriever):
         self.inner, self.remembered, self.most = inner, remembered, most
         self.name, self.items, self.log = inner.name, inner.items, inner.log
 
-    def retrieve(self, histories: Histories, k: int, *, exclude_seen: bool = True) -> Candidates:
+    def retrieve(
+        self, histories: Histories, k: int, *, exclude_seen: bool = True, deny: np.ndarray | None = None
+    ) -> Candidates:
         most = max(k, self.most)
-        found, _ = self.remembered.retrieve(self.inner, histories, most, exclude_seen=exclude_seen)
+        found, _ = self.remembered.retrieve(self.inner, histories, most, exclude_seen=exclude_seen, deny=deny)
         return Candidates(found.item[:, :k], found.score[:, :k], self.name)
 
 

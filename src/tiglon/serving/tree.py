@@ -58,8 +58,8 @@ def beam_of(catalogue: Catalogue, life: Histories, k: int, *, exclude_seen: bool
         1,
         min(k, len(tiger.trie)),
         width=max(k, tiger.config.beams),
+        codes=tiger.ids.codes,
         seen=life if exclude_seen else None,
-        seen_codes=tiger.ids.codes[life.item],
         renormalise=tiger.config.renormalise,
     )
     item = found.item[0][found.item[0] != MISSING]

@@ -88,7 +88,10 @@ def train(
     BundleDamagedError for a damaged one, StorageError where the disk refuses.
     """
     with memory.kept():
-        return _train(model, epoch_batches, loss_fn, validate, config, directory, report, about or {})
+        try:
+            return _train(model, epoch_batches, loss_fn, validate, config, directory, report, about or {})
+        finally:
+            model.eval()
 
 
 def _train(
