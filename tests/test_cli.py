@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def test_recommend_for_a_history_says_what_it_skips(tiglon, bundle_path):
     assert [item["item_id"] for item in json.loads(out)["items"]] == [r.item_id for r in expected]
 
 
+def test_an_empty_history_is_a_history(tiglon, bundle_path):
+    for nothing in ("", " "):
+        status, out, err = tiglon("recommend", bundle_path, "--history", nothing, "--k", 3, "--json")
+        assert (status, err) == (0, "empty history: popularity\n")
+        assert {item["source"] for item in json.loads(out)["items"]} == {"popularity"}
+
+
 def test_recommend_says_who_found_each_item(tiglon, bundle_path):
     status, out, _ = tiglon("recommend", bundle_path, "--user", 3, "--k", 2, "--explain")
     assert status == 0
@@ -137,6 +145,92 @@ def test_a_ranker_joins_a_bundle_and_a_home(tiglon, bundle_path, world_tables, t
     assert tiglon("train", *tables, "--recipe", "din", "--into", home, *small)[0] == 0
     assert len(versions(home)) == 2
     assert Bundle.load(current(home)).ranker is not None
+
+
+def test_a_home_is_read_as_its_current_bundle_is(tiglon, bundle_path, tmp_path):
+    home, other = tmp_path / "home", tmp_path / "other"
+    tiglon("publish", bundle_path, home)
+    for command in (
+        ("recommend", "--user", 3, "--json"),
+        ("evaluate", "--split", "validation", "--json"),
+        ("ids", "report"),
+    ):
+        words = 2 if command[0] == "ids" else 1
+        found, expected = (tiglon(*command[:words], place, *command[words:]) for place in (home, bundle_path))
+        assert found[0] == 0, found[2]
+        drop = re.compile(r'"request_id": "\w+"')
+        assert drop.sub("", found[1]) == drop.sub("", expected[1])
+    assert tiglon("publish", home, other)[0] == 0
+    assert versions(other) == versions(home)
+
+
+def test_a_home_is_not_written_to(train, tiglon, bundle_path, tmp_path):
+    home = tmp_path / "home"
+    tiglon("publish", bundle_path, home)
+    before = sorted(home.rglob("*"))
+    new = write(tmp_path / "new.parquet", {"item_id": [500], "title": ["x"]})
+    status, _, err = tiglon("ids", "update", home, "--items", new)
+    assert (status, err.startswith(f"error: {home} is a home of published bundles. What is ")) == (1, True)
+    for more in ((), ("--overwrite",), ("--recipe", "din")):
+        status, _, err = train(None, None, *more, out=home)
+        assert status == 1
+        assert err.startswith(f"error: {home}, which is a home of published bundles. Choose another path")
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_ranker_in_a_bundles_place_is_named(train, tiglon, bundle_path, tmp_path):
+    ranker = tmp_path / "ranker"
+    ranker.mkdir()
+    (ranker / "ranker.json").write_text("{}")
+    new = write(tmp_path / "new.parquet", {"item_id": [500], "title": ["x"]})
+    for command in (
+        ("recommend", ranker, "--user", 3),
+        ("serve", ranker, "--port", 0),
+        ("publish", ranker, tmp_path / "home"),
+        ("ids", "report", ranker),
+        ("ids", "update", ranker, "--items", new),
+    ):
+        status, out, err = tiglon(*command)
+        assert (status, out) == (1, "")
+        assert err.startswith(
+            f"error: {ranker} is a ranker. A ranker orders what a bundle finds. Give a bundle"
+        )
+    status, _, err = train(out=ranker)
+    assert (status, err) == (1, f"error: {ranker}, which is a ranker. Choose another path.\n")
+    status, _, err = tiglon("publish", bundle_path, ranker)
+    assert (status, err.startswith(f"error: {ranker}, which is a ranker. A home is a folder of")) == (1, True)
+    assert os.listdir(ranker) == ["ranker.json"]
+
+
+def test_square_brackets_and_odd_ids_are_shown_as_they_are(train, tiglon, tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"SKU[a{i}]" for i in range(12)]
+    lives = np.stack([rng.permutation(12)[:6] for _ in range(20)]).ravel()
+    users = np.repeat(["-o'neil [/b]", *(f"user {u}" for u in range(19))], 6)
+    log = {"user_id": users, "item_id": [names[i] for i in lives], "timestamp": list(range(120))}
+    title = ["iPhone [refurbished] 64GB", "[/x]", "[red]", "a :apple:", *(f"[b]thing {i}" for i in range(8))]
+    items = {"item_id": names, "title": title}
+    out = tmp_path / "[b] 1"
+    status, shown, err = train(
+        write(tmp_path / "log.parquet", log), write(tmp_path / "i.parquet", items), out=out
+    )
+    assert status == 0, err
+    assert "Test: the last moment of each user" in shown
+    command = shlex.split(err.splitlines()[-1].partition("Go on: ")[2])
+    assert command == ["tiglon", "recommend", str(out), "--user=-o'neil [/b]"]
+    status, shown, err = tiglon(*command[1:], "--k", 12, "--include-seen", "--explain")
+    assert (status, err) == (0, "")
+    for name, words in zip(names, title, strict=True):
+        assert re.search(rf"^ *{re.escape(name)} +{re.escape(words)} ", shown, re.MULTILINE), name
+
+    for user in ("", "x" * 300):
+        status, shown, err = tiglon("recommend", out, "--user", user)
+        assert (status, shown) == (1, "")
+        assert err.startswith(
+            f"error: the id {user!r:.80}. An id is a whole number of 64 bits, or a string of 1 …"
+        )
+    status, _, err = tiglon("recommend", out, "--history", f"{names[0]},,{names[1]}")
+    assert (status, err.startswith("error: the id ''. An id is ")) == (1, True)
 
 
 @pytest.mark.parametrize("more", [["--recipe", "tiger"], ["--recipe", "din", "--out", "x"]])
@@ -202,18 +296,33 @@ def test_ids_report_and_plot(tiglon, bundle_path, tmp_path):
     assert out.startswith("Semantic IDs of 40 items")
     assert out == (bundle_path / "ids_report.txt").read_text()
     assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG")
+    for place, message in (
+        (tmp_path / "no" / "such" / "x.png", "could not be written: No such file or directory. Nothing was"),
+        (
+            tmp_path / "ids.zzz",
+            "a picture named 'ids.zzz'. Its name ends in .png, .svg, .pdf. Name it FILE.png.",
+        ),
+    ):
+        status, out, err = tiglon("ids", "report", bundle_path, "--plot", place)
+        assert (status, out) == (1, "")
+        assert message in err
 
 
 def test_ids_update(tiglon, bundle_path, tmp_path):
     copy = shutil.copytree(bundle_path, tmp_path / "copy")
     new = write(tmp_path / "new.parquet", {"item_id": [500, 1], "title": ["defide lagoba", "known"]})
+    known = "{} of the items are known, and were left as they are\n"
     status, _, err = tiglon("ids", "update", copy, "--items", new)
     assert status == 0
-    assert (
-        err == f"1 new items; version {Bundle.load(bundle_path).version} became {Bundle.load(copy).version}\n"
+    became = f"version {Bundle.load(bundle_path).version} became {Bundle.load(copy).version}"
+    assert err == known.format(1) + f"1 new items; {became}\n"
+    more = pl.read_parquet(new).with_columns(colour=pl.lit("red"), size=pl.lit(1))
+    status, _, err = tiglon("ids", "update", copy, "--items", write(tmp_path / "more.parquet", more))
+    assert (status, err) == (
+        0,
+        known.format(2) + "ignored, as the bundle's items have no such columns: colour, size\n"
+        "no item of the table is new; the bundle stays as it is\n",
     )
-    status, _, err = tiglon("ids", "update", copy, "--items", new)
-    assert (status, err) == (0, "no item of the table is new; the bundle stays as it is\n")
     _, out, _ = tiglon("recommend", copy, "--user", 3, "--k", 100, "--include-seen", "--json")
     assert 500 in [item["item_id"] for item in json.loads(out)["items"]]
 
@@ -387,7 +496,7 @@ LOG = {"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": [1, 2, 3]}
         (LOG | {"user_id": [1.0, float("nan"), 1.0]}, "column 'user_id' holds Float64"),
         (LOG | {"timestamp": [1, -2, 3]}, "column 'timestamp' holds 1 negative times, such as -2"),
         (LOG | {"timestamp": ["now", "then", "x"]}, "strings that are no dates, such as 'now'"),
-        (LOG | {"item_id": ["1", "2", "3"]}, "item ids of type String in the log and int64 in the catalogue"),
+        (LOG | {"item_id": ["1", "2", "3"]}, "The two tables name an item by the same id of the same type"),
         ({name: values[:0] for name, values in LOG.items()}, "column 'user_id'|a log without events"),
         ({name: values[:1] for name, values in LOG.items()}, "1 users, none with three moments"),
     ],
@@ -444,8 +553,11 @@ def test_an_unknown_user_gets_what_is_popular_and_is_told(tiglon, bundle_path):
     status, out, err = tiglon("recommend", bundle_path, "--user", 4711, "--k", 2, "--json")
     assert (status, err) == (0, "unknown user: popularity\n")
     assert {item["source"] for item in json.loads(out)["items"]} == {"popularity"}
-    status, _, err = tiglon("recommend", bundle_path, "--user", "Anna")
-    assert (status, err) == (1, "error: the id 'Anna'. Ids here are whole numbers, such as 0.\n")
+    for user in ("Anna", ""):
+        status, _, err = tiglon("recommend", bundle_path, "--user", user)
+        assert (status, err) == (1, f"error: the id '{user}'. Ids here are whole numbers, such as 0.\n")
+    status, _, err = tiglon("recommend", bundle_path, "--user", 2**70)
+    assert (status, f"the id '{2**70}'. An id is a whole number of 64 bits" in err) == (1, True)
 
 
 def test_unknown_settings_and_recipes_come_with_a_suggestion(train):
@@ -456,6 +568,15 @@ def test_unknown_settings_and_recipes_come_with_a_suggestion(train):
     )
     status, _, err = train(None, None, "--recipe", "tigre")
     assert (status, err) == (1, "error: no recipe named 'tigre'. Did you mean 'tiger'?\n")
+
+
+@pytest.mark.parametrize("minutes", [-1, 0, "nan", "inf"])
+def test_minutes_that_are_none(train, tiglon, tmp_path, minutes):
+    message = f"error: --minutes {minutes}. Training takes some minutes, more than 0.\n"
+    assert train(None, None, "--minutes", minutes) == (1, "", message)
+    assert train(None, None, "--recipe", "twin", "--minutes", minutes) == (1, "", message)
+    assert tiglon("demo", "--out", tmp_path / "demo", "--minutes", minutes) == (1, "", message)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

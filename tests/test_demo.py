@@ -29,7 +29,7 @@ def shop(monkeypatch, tiny):
         timestamp=pl.col("timestamp").rank("ordinal").over("user_id").cast(pl.Int64) // 6
     )
     products = source.items.rename({"title": "product_type", "category": "department"}).with_columns(
-        manufacturer_id=pl.lit("69")
+        pl.col("product_type") + " [/x]", manufacturer_id=pl.lit("69")
     )
     unsold = pl.DataFrame({"item_id": [999], "product_type": ["dust"]})
     products = pl.concat([products, unsold], how="diagonal")
@@ -90,6 +90,17 @@ def test_without_a_terminal_progress_is_a_line_a_task():
         "training 100% so far",
         "testing 100% so far",
     ]
+
+
+def test_square_brackets_and_colons_are_letters():
+    for terminal in (False, True):
+        text = io.StringIO()
+        shown = Terminal(Console(file=text, width=120, force_terminal=terminal))
+        shown.say('text "{[/title]} :apple:" of [bold] in runs/[/x]')
+        shown.share("testing [/a]", 0.5, "[red] so far")
+        shown.share("testing [/a]", 1.0, "[red] so far")
+        for said in ('text "{[/title]} :apple:" of [bold] in runs/[/x]', "testing [/a]", "[red] so far"):
+            assert said in text.getvalue()
 
 
 def test_on_a_terminal_progress_is_a_bar():

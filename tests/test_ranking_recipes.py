@@ -201,6 +201,7 @@ def test_train_and_evaluate(tiglon, folder, tmp_path):
     assert status == 0, stderr
     assert "full_attention" in stdout
     assert "gauc" in stdout
+    assert "…" not in stdout
     assert "Features: item_id (inherent), gap (cross)" in stderr
     assert not out.with_name(".ranker.work").exists()
 
@@ -213,6 +214,14 @@ def test_train_and_evaluate(tiglon, folder, tmp_path):
     row = json.loads(found)["rows"][0]
     assert (row["name"], row["task"]) == ("full_attention", "next_basket")
     assert row["gauc"] == pytest.approx(LifelongRanker.load(out).history["best"])
+
+    for option in ("--exclude-seen", "--include-seen"):
+        status, stdout, stderr = tiglon("evaluate", out, option)
+        assert (status, stdout) == (1, "")
+        assert stderr == (
+            f"error: {option} with {out}, which is a ranker. A ranker orders the candidates that it is given, seen "
+            "or not. Leave it out.\n"
+        )
 
     status, _, stderr = tiglon(*command)
     assert status == 1

@@ -7,9 +7,11 @@ Facts and progress go to stderr, answers to stdout.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +28,10 @@ app.add_typer(data, name="data")
 app.add_typer(ids, name="ids")
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `tiglon train` wrote.")]
+SourcePath = Annotated[
+    Path,
+    typer.Argument(metavar="BUNDLE", help="Folder that `tiglon train` wrote, or a home of published ones."),
+]
 InteractionsPath = Annotated[
     Path, typer.Option("--interactions", help="user_id, item_id, timestamp, …: .parquet, .csv or .jsonl.")
 ]
@@ -74,6 +80,7 @@ def demo(
     from tiglon import demo
     from tiglon.terminal import Terminal
 
+    _require_minutes(minutes)
     demo.run(out, minutes, Terminal(), _stdout())
 
 
@@ -96,7 +103,7 @@ def data_get(
     folder = out or Path(name)
     raw = fetch(name, folder / "raw", echo=_say)
     save_tables(SOURCES[name].read(raw), folder / "tables")
-    tables = folder / "tables"
+    tables = quote(str(folder / "tables"))
     _say(
         f"Written. Go on: tiglon train --interactions {tables}/interactions.parquet "
         f"--items {tables}/items.parquet --out {name}-bundle"
@@ -151,6 +158,7 @@ def train(
     from tiglon import recipes
     from tiglon.terminal import Terminal, metrics_table
 
+    _require_minutes(minutes)
     title = "Test: the last moment of each user"
     if into is not None:
         if out is not None or recipe not in recipes.RANKING_RECIPES:
@@ -172,7 +180,7 @@ def train(
         )
         _stdout().print(table(found, title=title))
         _stdout().print(metrics_table(bundle.metrics, title))
-        _say(f"{into}, version {bundle.version}. Go on: tiglon serve {into}")
+        _say(f"{into}, version {bundle.version}. Go on: tiglon serve {quote(str(into))}")
         return
     if out is None:
         raise typer.BadParameter("give --out, or --into for a ranker")
@@ -190,7 +198,7 @@ def train(
             reporter=Terminal(),
         )
         _stdout().print(table(found, title=title))
-        _say(f"{out}, version {ranker.version}. Go on: tiglon evaluate {out}")
+        _say(f"{out}, version {ranker.version}. Go on: tiglon evaluate {quote(str(out))}")
         return
     known = [*recipes.RECIPES, *recipes.RANKING_RECIPES]
     if recipe not in recipes.RECIPES:
@@ -206,14 +214,14 @@ def train(
         reporter=Terminal(),
     )
     _stdout().print(metrics_table(bundle.metrics, title))
-    _say(
-        f"{out}, version {bundle.version}. Go on: tiglon recommend {out} --user {bundle.histories.users.raw[0]}"
-    )
+    user = str(bundle.histories.users.raw[0])
+    named = f"--user{'=' if user.startswith('-') else ' '}{quote(user)}"
+    _say(f"{out}, version {bundle.version}. Go on: tiglon recommend {quote(str(out))} {named}")
 
 
 @app.command()
 def evaluate(
-    bundle: BundlePath,
+    bundle: SourcePath,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     exclude_seen: Annotated[
         bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
@@ -222,16 +230,24 @@ def evaluate(
 ) -> None:
     """Measure a bundle's retrievers, or a ranker, on the users that it stores."""
     from tiglon.evaluation.protocol import to_json
+    from tiglon.ranking.model import is_ranker
     from tiglon.serving.bundle import Bundle
+    from tiglon.serving.publish import bundle_folder
     from tiglon.terminal import Terminal, metrics_table
 
     if split not in ("test", "validation"):
         raise ConfigError(f"split '{split}'", rule="It is test or validation")
-    if (bundle / "ranker.json").is_file():
+    if is_ranker(bundle):
+        if exclude_seen is not None:
+            raise ConfigError(
+                f"{'--exclude-seen' if exclude_seen else '--include-seen'} with {bundle}, which is a ranker",
+                rule="A ranker orders the candidates that it is given, seen or not",
+                fix="Leave it out",
+            )
         _evaluate_ranker(bundle, split, as_json)
         return
     terminal = Terminal()
-    rows = Bundle.load(bundle).evaluate(
+    rows = Bundle.load(bundle_folder(bundle)).evaluate(
         split,  # type: ignore[arg-type]
         exclude_seen=exclude_seen,
         progress=lambda name, done, users: terminal.share(f"testing {name}", done / users),
@@ -297,9 +313,15 @@ def cluster(
 
 @app.command()
 def recommend(
-    bundle: BundlePath,
+    bundle: SourcePath,
     user: Annotated[str | None, typer.Option(help="A user id of the log.")] = None,
-    history: Annotated[str | None, typer.Option(help="Item ids instead, oldest first: a,b,c.")] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            help="Item ids instead, oldest first: a,b,c. Blanks around them are taken off; ids with a comma need "
+            'Python or HTTP. "": nothing yet.'
+        ),
+    ] = None,
     k: K = 10,
     exclude_seen: Annotated[
         bool | None, typer.Option("--exclude-seen/--include-seen", help="Default: as the bundle was made.")
@@ -314,7 +336,8 @@ def recommend(
     """The k best items for a user, or for a history. A user without a history gets what is popular."""
     from tiglon.serving.bundle import Bundle, matching_id
     from tiglon.serving.engine import Engine
-    from tiglon.serving.messages import MOST_ITEMS, RecommendRequest
+    from tiglon.serving.messages import MOST_BATCH, MOST_ITEMS, RecommendRequest
+    from tiglon.serving.publish import bundle_folder
     from tiglon.terminal import recommendation_table
 
     if (user is None) == (history is None):
@@ -322,11 +345,14 @@ def recommend(
     if not 1 <= k <= MOST_ITEMS:
         raise ConfigError(f"k of {k}", rule=f"k is a whole number of 1 … {MOST_ITEMS}")
     asks = _reranking(reranker, reranker_model, reranker_seconds, reranker_text)
-    loaded = Bundle.load(bundle)
+    loaded = Bundle.load(bundle_folder(bundle))
     who = None if user is None else matching_id(loaded.histories.users, user)
     given = None
     if history is not None:
-        given = [matching_id(loaded.items.vocabulary, part.strip()) for part in history.split(",")]
+        parts = [part.strip() for part in history.split(",")] if history.strip() else []
+        if len(parts) > MOST_BATCH:
+            raise ConfigError(f"a history of {len(parts):,} items", rule=f"It has at most {MOST_BATCH:,}")
+        given = [matching_id(loaded.items.vocabulary, part) for part in parts]
         unknown = [i for i, d in zip(given, loaded.items.vocabulary.encode(given), strict=True) if d < 0]
         if unknown:
             _say(f"not in the catalogue, and skipped: {', '.join(map(str, unknown))}")
@@ -419,9 +445,12 @@ def serve(
     reranker_text: RerankerText = None,
 ) -> None:
     """Answer over HTTP, with a console at /console."""
+    from tiglon.serving.bundle import require_bundle
     from tiglon.serving.desk import Settings
+    from tiglon.serving.publish import bundle_folder
     from tiglon.serving.server import serve as run
 
+    require_bundle(bundle_folder(source))
     asks = _reranking(reranker, reranker_model, reranker_seconds, reranker_text)
     settings = Settings(keys=keys, threads=threads, waiting=waiting, budget_ms=budget_ms, reranking=asks)
     run(source, host, port, workers=workers, state=state, settings=settings)
@@ -431,7 +460,7 @@ HomePath = Annotated[Path, typer.Argument(metavar="HOME", help="Folder of publis
 
 
 @app.command()
-def publish(bundle: BundlePath, home: HomePath) -> None:
+def publish(bundle: SourcePath, home: HomePath) -> None:
     """Let a bundle answer: a copy of it in a home, whose servers take it up by themselves."""
     from tiglon.serving.publish import publish as run
 
@@ -476,16 +505,18 @@ def key(
 
 @ids.command("report")
 def ids_report(
-    bundle: BundlePath,
+    bundle: SourcePath,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: FILE.png.")] = None,
 ) -> None:
     """How good the semantic IDs are: usage, entropy, collisions, what a shared prefix means."""
     from tiglon.serving.bundle import Bundle
+    from tiglon.serving.publish import bundle_folder
 
-    report = Bundle.load(bundle).id_report()
-    print(report.table(), end="")
+    report = Bundle.load(bundle_folder(bundle)).id_report()
     if plot is not None:
         report.plot(plot)
+    print(report.table(), end="")
+    if plot is not None:
         _say(f"drawn: {plot}")
 
 
@@ -495,11 +526,16 @@ def ids_update(
     items: Annotated[Path, typer.Option(help="A table with the new items.")],
 ) -> None:
     """Give new items IDs by the frozen tokenizer; old IDs and the network stay as they are."""
+    from tiglon.data.events import read_table
     from tiglon.serving.bundle import Bundle
 
     old = Bundle.load(bundle)
-    new = old.add_items(items)
+    new, given = old.add_items(items), read_table(items)
     added = len(new.items) - len(old.items)
+    if known := given.height - added:
+        _say(f"{known:,} of the items are known, and were left as they are")
+    if ignored := [name for name in given.columns if name not in old.items.table.columns]:
+        _say(f"ignored, as the bundle's items have no such columns: {', '.join(ignored)}")
     if not added:
         _say("no item of the table is new; the bundle stays as it is")
         return
@@ -537,8 +573,15 @@ def _changes(given: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in (change.partition("=") for change in given)}
 
 
+def _require_minutes(minutes: float | None) -> None:
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes {minutes:g}", rule="Training takes some minutes, more than 0")
+
+
 def _stdout() -> Console:
-    return Console(highlight=False)
+    """Wide where no window sets the width."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return Console(highlight=False, width=wide)
 
 
 def _say(line: str) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import polars as pl
 from rich.console import Console
+from rich.text import Text
 
 from tiglon.data.sources import Source, complete_journey
 from tiglon.data.split import moment_starts
@@ -76,21 +78,20 @@ def show(bundle: Bundle, console: Console) -> None:
     bought = set(bundle.items.vocabulary.decode(_life(bundle, household)))
     console.print(f"\nHousehold {household} bought last:")
     for item, words in zip(basket, describe(bundle, basket), strict=True):
-        console.print(f"  {item:>9}  {words}", highlight=False)
+        console.print(Text(f"  {item:>9}  {words}"))
     found = Engine(bundle).recommend(RecommendRequest(user_id=household, k=10)).items
     console.print()
     console.print(recommendation_table(bundle, found, f"Ten recommendations for household {household}"))
     again = sum(r.item_id in bought for r in found)
     console.print(f"{again} of the ten it has bought before: groceries repeat, so seen items are not hidden.")
-    where = bundle.path
+    where = quote(str(bundle.path))
     console.print(
-        f"""
-The bundle (version {bundle.version}) lies in {where}. How to go on:
+        Text(f"""
+The bundle (version {bundle.version}) lies in {bundle.path}. How to go on:
   tiglon recommend {where} --user {household} --k 10
   tiglon evaluate {where} --json
   tiglon ids report {where} --plot ids.png
-  tiglon train --interactions YOURS.parquet --items ITEMS.parquet --out my-bundle""",
-        highlight=False,
+  tiglon train --interactions YOURS.parquet --items ITEMS.parquet --out my-bundle"""),
         soft_wrap=True,
     )
 

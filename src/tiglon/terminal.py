@@ -1,4 +1,7 @@
-"""What people see: progress, tables, lists. Plain lines where the output is no terminal."""
+"""What people see: progress, tables, lists. Plain lines where the output is no terminal.
+
+Ids, titles and paths are `Text`: rich would read a string such as "[refurbished]" as markup.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tiglon.ranking.probe import Moved
 from tiglon.recipes import Reporter, text_columns
@@ -31,7 +35,7 @@ class Terminal(Reporter):
         self._shown = 0.0
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        self.console.print(Text(line), soft_wrap=True)
 
     def share(self, task: str, share: float, note: str = "") -> None:
         if self.console.is_terminal:
@@ -41,17 +45,17 @@ class Terminal(Reporter):
             self._task, self._shown = (task, None), time.monotonic()
         if share >= 1 or time.monotonic() - self._shown > _QUIET_SECONDS:
             self._shown = time.monotonic()
-            self.console.print(f"{task} {share:.0%} {note}".rstrip(), soft_wrap=True)
+            self.console.print(Text(f"{task} {share:.0%} {note}".rstrip()), soft_wrap=True)
 
     def _draw(self, task: str, share: float, note: str) -> None:
         if self._bars is None:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._bars = Progress(*columns, console=self.console)
             self._bars.start()
@@ -71,13 +75,15 @@ def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
             f"{name} {lead[name][0]:+.4f} ({lead[name][1]:+.4f} … {lead[name][2]:+.4f})"
             for name in ("recall@10", "ndcg@10")
         )
-    rows = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1))
+    rows = Table(
+        title=_title(title), caption=Text(caption, "table.caption"), box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     rows.add_column("retriever", no_wrap=True)
     for name in _METRICS:
         rows.add_column(name, justify="right")
     for row in metrics["rows"]:
         values = [row.get(name) for name in _METRICS]
-        rows.add_row(row["name"], *("–" if v is None or math.isnan(v) else f"{v:.4f}" for v in values))
+        rows.add_row(Text(row["name"]), *("–" if v is None or math.isnan(v) else f"{v:.4f}" for v in values))
     return rows
 
 
@@ -85,14 +91,14 @@ def recommendation_table(
     bundle: Bundle, found: Sequence[Recommendation | RecommendedItem], title: str = ""
 ) -> Table:
     """A line an item: id, what it is, score, source."""
-    rows = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    rows = Table(title=_title(title), title_justify="left", box=box.SIMPLE_HEAD)
     rows.add_column("item", no_wrap=True)
     rows.add_column("what it is")
     rows.add_column("score", justify="right")
     rows.add_column("source", no_wrap=True)
     described = describe(bundle, [r.item_id for r in found])
     for r, words in zip(found, described, strict=True):
-        rows.add_row(str(r.item_id), words, f"{r.score:.3f}", r.source)
+        rows.add_row(Text(str(r.item_id)), Text(words), f"{r.score:.3f}", Text(r.source))
     return rows
 
 
@@ -105,7 +111,7 @@ def probe_table(found: Sequence[tuple[str, Moved]]) -> Table:
         rows.add_column(name, justify="right")
     for whose, moved in found:
         hidden = "–" if math.isnan(moved.hidden) else f"{moved.hidden:.1%}"
-        rows.add_row(whose, moved.feature, f"{moved.values:,}", hidden, f"{moved.logit:.3f}")
+        rows.add_row(Text(whose), Text(moved.feature), f"{moved.values:,}", hidden, f"{moved.logit:.3f}")
     rows.caption = "the layer: of its own size; answers: mean change of the log-odds"
     return rows
 
@@ -116,6 +122,10 @@ def describe(bundle: Bundle, items: Sequence[Any]) -> list[str]:
     rows = bundle.items.table[bundle.items.vocabulary.encode(list(items)).tolist()]
     words = [" · ".join(_plain(row[c]) for c in columns if row[c]) for row in rows.iter_rows(named=True)]
     return [text or "(no description)" for text in words]
+
+
+def _title(text: str) -> Text | None:
+    return Text(text, "table.title") if text else None
 
 
 def _plain(value: Any) -> str:

@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 
 from tiglon.errors import ConfigError, DataError
 from tiglon.evaluation.ranking import (
+    SHOWN,
     auc,
     auc_by_group,
     bootstrap_mean,
@@ -249,6 +250,31 @@ def test_table_and_json():
         table([found], ["gacu"])
     with pytest.raises(DataError, match="no evaluations"):
         table([])
+
+
+def test_a_table_is_whole_in_eighty_columns():
+    score, label, user, request = world()
+    options = {"user": user, "request": request}
+    found = [
+        measure("full_attention", score, label, task="within_30_days", **options),
+        measure("full_attention", score, 1 - label, task="[/bought]", **options),
+    ]
+    console = Console(record=True, width=80)
+    console.print(table(found, title="Test, runs/[a]"))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.startswith("Test, runs/[a]\n")
+    lines = [line.split() for line in text.splitlines()]
+    assert ["full_attention", "full_attention"] in lines
+    assert ["within_30_days", "[/bought]"] in lines
+    for name in SHOWN:
+        assert [name, *(f"{e.metrics[name]:.4f}".removeprefix("0") for e in found)] in lines
+    ends = ["–".join(f"{bound:.4f}".removeprefix("0") for bound in e.interval) for e in found]
+    assert ["95%", "interval", *ends] in lines
+    few = Console(record=True, width=50)
+    few.print(table([found[0]] * 4))
+    assert few.export_text().count(".") > 4 * len(SHOWN)  # folded rather than cut
+    assert "…" not in few.export_text()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiglon.errors import DataError
+from tiglon.errors import ConfigError, DataError, StorageError
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.kmeans import ResidualKMeans
 from tiglon.semantic_ids.lsh import LSH
@@ -63,6 +63,35 @@ def test_it_is_readable_and_drawn(tokenizer: ResidualKMeans | LSH, tmp_path: Pat
     assert f"{found.colliding:.1%} of items share all 2 codes" in text
     found.plot(tmp_path / "ids.png")
     assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    ids = SemanticIds.assign(np.zeros((2, 2), np.int32), (4, 4), [1, 2])
+    found = report(ids, np.ones((2, 2), np.float32))
+    for name in ("ids.zzz", "ids"):
+        with pytest.raises(ConfigError) as wrong:
+            found.plot(tmp_path / name)
+        assert str(wrong.value) == (
+            f"a picture named '{name}'. Its name ends in .png, .svg, .pdf. Name it FILE.png."
+        )
+    (tmp_path / "folder.png").mkdir()
+    for place in (tmp_path / "no" / "such" / "x.png", tmp_path / "folder.png"):
+        with pytest.raises(
+            StorageError, match=rf"{place} could not be written: .*\. Nothing was changed there"
+        ):
+            found.plot(place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder.png"]
+    for kind, begin in (("SVG", b"<?xml"), ("pdf", b"%PDF")):
+        found.plot(tmp_path / f"ids.{kind}")
+        assert (tmp_path / f"ids.{kind}").read_bytes().startswith(begin)
+
+
+def test_a_level_of_one_code_has_no_entropy() -> None:
+    ids = SemanticIds.assign(np.zeros((3, 2), np.int32), (64, 64), [1, 2, 3])
+    found = report(ids, np.ones((3, 2), np.float32))
+    assert np.signbit(found.entropy).tolist() == [False, False]
+    assert "0.00 of 6.00" in found.table()
+    assert "-0.00" not in found.table()
 
 
 def test_one_item_has_no_pairs() -> None:

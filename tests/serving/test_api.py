@@ -165,6 +165,7 @@ EVENT = {"user_id": 970, "item_id": 1, "timestamp": 1}
         ("events", {"events": []}, "body.events: []", "at least 1 item"),
         ("items", {}, "body: {}", "neither items to add nor items to remove"),
         ("items", {"add": [{"title": "x"}]}, "body", "add[0] has the item_id None"),
+        ("items", {"add": [{"item_id": "x" * 300}]}, "body", "a string of 1 … 256 characters"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_rule(server, path, body, what, rule):

@@ -20,7 +20,7 @@ from tiglon.errors import (
 from tiglon.evaluation.protocol import evaluate, to_json
 from tiglon.retrieval.neighbours import Repeats
 from tiglon.retrieval.retriever import Retriever
-from tiglon.serving.bundle import Bundle, matching_id
+from tiglon.serving.bundle import Bundle, matching_id, require_free
 from tiglon.serving.engine import Engine
 from tiglon.serving.messages import RecommendRequest
 from tiglon.types import Vocabulary
@@ -102,11 +102,59 @@ def test_someone_must_be_asked_for(bundle):
         bundle.recommend()
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"users": 7}, "users of 7. It is a list. Pass users=[…]."),
+        ({"users": "00003"}, "users of '00003'. It is a list. Pass users=[…]."),
+        ({"users": [3, None]}, "users[1] of None. An id is a whole number or a string, as in the log."),
+        ({"users": [1.5]}, "users[0] of 1.5. An id is a whole number or a string, as in the log."),
+        (
+            {"users": np.array([True])},
+            "users[0] of True. An id is a whole number or a string, as in the log.",
+        ),
+        ({"history": "ab"}, "history of 'ab'. It is a list. Pass history=[[item ids], …]."),
+        ({"history": ["a", "b"]}, "history[0] of 'a'. It is a list. Pass history=[[item ids], …]."),
+        ({"history": [[1], 2]}, "history[1] of 2. It is a list. Pass history=[[item ids], …]."),
+        (
+            {"history": [[1, np.nan]]},
+            "history[0][1] of nan. An id is a whole number or a string, as in the log.",
+        ),
+        (
+            {"users": [3], "exclude_seen": "no"},
+            "exclude_seen='no'. It is True, False, or None for as the bundle was made.",
+        ),
+    ],
+)
+def test_what_are_no_ids_is_refused(bundle, given, message):
+    with pytest.raises(ConfigError) as error:
+        bundle.recommend(**given)
+    assert str(error.value) == message
+
+
+def test_lists_of_every_kind_are_taken(bundle):
+    expected = bundle.recommend([3, 7], 4)
+    for users in ((3, 7), np.array([3, 7]), pl.Series([3, 7]), iter([3, 7])):
+        assert bundle.recommend(users, 4) == expected
+    lives = [[1, 2], [5, 6]]
+    assert bundle.recommend(history=np.array(lives), k=4) == bundle.recommend(history=lives, k=4)
+
+
 def test_ids_typed_on_a_command_line_take_the_vocabularys_type():
     assert matching_id(Vocabulary([2**60, 5]), str(2**60)) == 2**60
     assert matching_id(Vocabulary(["Müller", "007"]), "007") == "007"
     with pytest.raises(UnknownIdError, match=r"the id 'x'\. Ids here are whole numbers, such as 5\."):
         matching_id(Vocabulary([5]), "x")
+    for vocabulary, text in (
+        (Vocabulary(["a"]), ""),
+        (Vocabulary(["a"]), "x" * 257),
+        (Vocabulary(["a"]), "\udcff"),
+        (Vocabulary([5]), str(2**63)),
+    ):
+        with pytest.raises(
+            ConfigError, match="An id is a whole number of 64 bits, or a string of 1 … 256 char"
+        ):
+            matching_id(vocabulary, text)
 
 
 # -- evaluation --------------------------------------------------------------------------------------------
@@ -136,6 +184,13 @@ def test_evaluating_asks_a_network_once_and_says_what_it_says_alone(bundle, monk
         alone = evaluate(retriever, test, exclude_seen=bundle.exclude_seen)
         for metric, values in alone.per_user.items():
             assert np.array_equal(values, rows[retriever.name].per_user[metric]), (retriever.name, metric)
+
+
+def test_a_split_is_test_or_validation(bundle):
+    with pytest.raises(ConfigError, match=r"split 'foo'\. It is test or validation\."):
+        bundle.evaluate("foo")
+    with pytest.raises(ConfigError, match=r"exclude_seen='no'\. It is True, False"):
+        bundle.evaluate(exclude_seen="no")
 
 
 def test_repeats_stand_in_the_table_where_seen_items_do(bundle):
@@ -222,7 +277,11 @@ def test_a_saved_update_is_a_new_version_with_the_same_answers(bundle, tmp_path)
 @pytest.mark.parametrize(
     "table, error, message",
     [
-        ({"item_id": ["a"], "title": ["x"]}, SchemaError, "item ids of type String in the log and int64"),
+        (
+            {"item_id": ["a"], "title": ["x"]},
+            SchemaError,
+            "The two tables name an item by the same id of the same type",
+        ),
         (
             {"item_id": [77], "colour": ["red"]},
             SchemaError,
@@ -325,3 +384,16 @@ def test_what_is_no_bundle_is_no_bundle(tmp_path):
         Bundle.load(tmp_path / "nothing")
     with pytest.raises(BundleDamagedError, match=r"has no manifest.json"):
         Bundle.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, what", [("ranker.json", "is a ranker"), ("CURRENT", "is a home of published")]
+)
+def test_a_ranker_and_a_home_are_named_as_such(bundle, tmp_path, file, what):
+    (tmp_path / file).touch()
+    with pytest.raises(BundleDamagedError, match=f"{tmp_path} {what}"):
+        Bundle.load(tmp_path)
+    for call in (lambda: bundle.save(tmp_path), lambda: require_free(tmp_path, overwrite=False)):
+        with pytest.raises(ConfigError, match=f"{tmp_path}, which {what}"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == [file]

@@ -3,10 +3,18 @@ from pydantic import ValidationError
 
 from tiglon.serving.messages import (
     Event,
+    EventsRequest,
+    FindResponse,
+    ForgetResponse,
     ItemsRequest,
+    ItemsResponse,
+    LookupResponse,
     RankRequest,
+    RankResponse,
     RecommendRequest,
     RecommendResponse,
+    SimilarResponse,
+    UserResponse,
     as_json,
 )
 
@@ -66,10 +74,29 @@ def test_bad_events_are_refused(given, message):
 @pytest.mark.parametrize(
     "given, message",
     [
+        ({"user_id": ""}, "at least 1 character"),
+        ({"item_id": "x" * 257}, "at most 256 characters"),
+        ({"item_id": 2**63}, "less than"),
+    ],
+)
+def test_events_are_sent_with_ids_within_their_bounds(given, message):
+    event = {"user_id": 1, "item_id": 2, "timestamp": 3, **given}
+    for sent in (event, Event(**event)):
+        with pytest.raises(ValidationError, match=message):
+            EventsRequest(events=[sent])
+    good = Event(user_id="a", item_id=2, timestamp=3, event_id="e", features={"price": 1.5})
+    assert [as_json(event) for event in EventsRequest(events=[good]).events] == [as_json(good)]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
         ({}, "neither items to add nor items to remove"),
         ({"add": [{"title": "x"}]}, r"add\[0\] has the item_id None; it is a whole number or a string"),
         ({"add": [{"item_id": 1}, {"item_id": True}]}, r"add\[1\] has the item_id True"),
         ({"add": [{"item_id": 1.5}]}, r"add\[0\] has the item_id 1.5"),
+        ({"add": [{"item_id": ""}]}, r"add\[0\] has the item_id ''; .* or a string of 1 … 256 characters"),
+        ({"add": [{"item_id": "x" * 257}]}, r"add\[0\] has the item_id 'x{79}; it is a whole number or a"),
         ({"add": [{"item_id": 1, "weight": float("inf")}]}, "finite number"),
         ({"remove": [None]}, "valid integer"),
     ],
@@ -94,6 +121,25 @@ def test_what_is_ranked_is_named():
 def test_messages_do_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         RecommendRequest(user_id=1).k = 5
+
+
+@pytest.mark.parametrize("raw", ["", "x" * 300, 2**70])
+def test_an_answer_tells_whatever_id_there_is(raw):
+    item, named = {"item_id": raw, "score": 1.0, "source": "tiger"}, {"request_id": "a", "bundle": "b"}
+    event = {"user_id": raw, "item_id": raw, "timestamp": 3}
+    reasons = {"sources": [], "attended": [{"item_id": raw, "timestamp": 3, "weight": 1.0}]}
+    filtered = [{"item_id": raw, "rule": "seen"}]
+    for answer in (
+        RecommendResponse(**named, user_id=raw, items=[{**item, "reasons": reasons}], filtered=filtered),
+        RankResponse(**named, user_id=raw, items=[item], unknown=[raw]),
+        SimilarResponse(**named, item_id=raw, items=[item]),
+        ItemsResponse(**named, added=0, changed=0, removed=0, unknown=[raw]),
+        UserResponse(user_id=raw, known=True, events=[event]),
+        ForgetResponse(user_id=raw, events=1),
+        LookupResponse(bundle="b", items=[{"item_id": raw, "text": "x"}]),
+        FindResponse(bundle="b", users=[raw], items=[{"item_id": raw, "text": "x"}]),
+    ):
+        assert type(answer)(**as_json(answer)) == answer
 
 
 def test_an_answer_comes_back_from_json():

@@ -74,6 +74,32 @@ def test_a_rollback_goes_to_the_one_before_and_forward_again_by_publishing(bundl
     assert versions(home) == [names[0], names[2]]
 
 
+def test_a_home_is_published_as_its_current_bundle_is(bundles, names, home, tmp_path):
+    for bundle in bundles[:2]:
+        publish(bundle, home)
+    assert publish(home, tmp_path / "other") == tmp_path / "other" / "bundles" / names[1]
+    assert publish(home, home) == current(home)
+    assert versions(home) == [names[1], names[0]]
+
+
+def test_a_bundle_or_a_ranker_is_no_home(bundles, tmp_path):
+    copy, ranker = shutil.copytree(bundles[1], tmp_path / "copy"), tmp_path / "ranker"
+    ranker.mkdir()
+    (ranker / "ranker.json").touch()
+    for place, what in ((copy, "bundle"), (ranker, "ranker")):
+        before = sorted(place.rglob("*"))
+        for call in (lambda at: publish(bundles[0], at), rollback, prune):
+            with pytest.raises(ConfigError) as error:
+                call(place)
+            assert str(error.value) == (
+                f"{place}, which is a {what}. A home is a folder of its own, into which bundles are copied. "
+                "Name another folder; it is made if it is missing."
+            )
+        assert sorted(place.rglob("*")) == before
+    with pytest.raises(BundleDamagedError, match=f"{ranker} is a ranker"):
+        publish(ranker, tmp_path / "home")
+
+
 def test_publishing_twice_changes_nothing(bundles, home):
     publish(bundles[0], home)
     before = os.stat(home / "CURRENT"), os.stat(current(home))

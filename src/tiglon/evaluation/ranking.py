@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from tiglon.errors import ConfigError, DataError, did_you_mean
 
@@ -267,28 +269,27 @@ def bootstrap_mean(
 
 # -- to be read ------------------------------------------------------------------------------------------
 
-COLUMNS = ("gauc", "gauc/request", "auc", "ndcg@10", "log_loss", "calibration", "calibration_error")
+SHOWN = ("gauc", "gauc/request", "auc", "ndcg@10", "log_loss", "calibration", "calibration_error")
 
 
 def table(
-    evaluations: Sequence[RankingEvaluation], metrics: Sequence[str] = COLUMNS, *, title: str = ""
-) -> Table:
-    """One row an evaluation, the interval of its GAUC beside it."""
+    evaluations: Sequence[RankingEvaluation], metrics: Sequence[str] = SHOWN, *, title: str = ""
+) -> Group:
+    """One column an evaluation, for names of metrics are long; the interval of its GAUC below that."""
     _require_same_rows(evaluations)
-    rows = Table(title=title or None, caption=_captions(evaluations), box=box.SIMPLE_HEAD, padding=(0, 1))
-    rows.add_column("ranker", no_wrap=True)
-    rows.add_column("task")
+    rows = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    rows.add_column("", no_wrap=True)
+    for e in evaluations:
+        rows.add_column(Text(f"{e.name}\n{e.task}"), justify="right", overflow="fold")
     known = {name for e in evaluations for name in e.metrics}
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"no metric '{metric}'", fix=did_you_mean(metric, known))
-        rows.add_column(metric, justify="right")
-    for e in evaluations:
-        cells = [_short(e.metrics.get(metric, math.nan)) for metric in metrics]
-        if "gauc" in metrics:
-            cells[list(metrics).index("gauc")] += " ({}–{})".format(*map(_short, e.interval))
-        rows.add_row(e.name, e.task, *cells)
-    return rows
+        rows.add_row(Text(metric), *(_short(e.metrics.get(metric, math.nan)) for e in evaluations))
+        if metric == "gauc":
+            rows.add_row("95% interval", *("–".join(map(_short, e.interval)) for e in evaluations))
+    caption = Text(_captions(evaluations), "table.caption")
+    return Group(*([Text(title, "table.title")] if title else []), rows, caption)
 
 
 def to_json(evaluations: Sequence[RankingEvaluation], split: str) -> dict[str, Any]:

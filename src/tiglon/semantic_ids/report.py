@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tiglon.errors import DataError
+from tiglon.errors import ConfigError, DataError, StorageError
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.tokenizer import Tokenizer
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +102,14 @@ class IdReport:
         return text.getvalue()
 
     def plot(self, path: Path) -> None:
-        """The report as a PNG of four panels."""
+        """The report as a picture of four panels: .png, .svg or .pdf. Raises ConfigError, StorageError."""
+        kind = path.suffix.lower()
+        if kind not in PICTURES:
+            raise ConfigError(
+                f"a picture named '{path.name}'",
+                rule=f"Its name ends in {', '.join(PICTURES)}",
+                fix="Name it FILE.png",
+            )
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -167,7 +177,20 @@ class IdReport:
         for axes in (use, collide, error, alike):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.3)
-        figure.savefig(path, dpi=130)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind.removeprefix("."), dpi=130)
+        aside = path.with_name(f".{path.name}.new")
+        try:
+            aside.write_bytes(drawn.getvalue())
+            aside.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                aside.unlink()
+            raise StorageError(
+                f"{path} could not be written: {error.strerror}",
+                rule="Nothing was changed there",
+                fix="Name a file in a folder that is there and has room",
+            ) from error
 
 
 def report(
@@ -236,4 +259,4 @@ def _similarity(codes: np.ndarray, x: np.ndarray, pairs: int, random: np.random.
 
 def _entropy(count: np.ndarray) -> float:
     share = count[count > 0] / max(count.sum(), 1)
-    return float(-(share * np.log2(share)).sum())
+    return float((share * np.log2(1 / share)).sum())  # so that one code has 0 bits, not −0

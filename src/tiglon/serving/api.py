@@ -22,7 +22,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Req
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import PlainTextResponse, RedirectResponse
 
@@ -35,13 +35,13 @@ from tiglon.serving.gate import Asking, Gate
 from tiglon.serving.live import Live
 from tiglon.serving.logs import note
 from tiglon.serving.messages import (
+    ID,
     BeamResponse,
     EventsRequest,
     EventsResponse,
     FindRequest,
     FindResponse,
     ForgetResponse,
-    Id,
     ItemsRequest,
     ItemsResponse,
     LookupRequest,
@@ -297,7 +297,8 @@ async def events(
 ) -> Response:
     """What users did. All of it is on the disk when this answers, or none; the next request sees it.
 
-    Sent again, it is stored once: by event_id, or by user, item and timestamp.
+    Sent again, it is stored once: by event_id, or by user, item and timestamp. What the bundle's own log holds
+    counts once, too.
     """
     now.take(asked.request_id)
     return await desk.answer(now, lambda engine: engine.events(desk.prepared(asked, now)))
@@ -339,7 +340,6 @@ async def forget(desk: Here, now: Now, user_id: str, id_type: IdType = "auto") -
 
 
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
-_ID: TypeAdapter[int | str] = TypeAdapter(Id)
 
 
 def _typed(engine: Engine, text: str, id_type: str) -> int | str:
@@ -352,7 +352,7 @@ def _typed(engine: Engine, text: str, id_type: str) -> int | str:
     if id_type == "auto" and whole and pa.types.is_integer(engine.bundle.histories.users.raw.type):
         id_type = "integer"
     try:
-        return _ID.validate_python(int(text) if id_type == "integer" else text)
+        return ID.validate_python(int(text) if id_type == "integer" else text)
     except ValidationError as error:
         found = [{**e, "loc": ("path", "user_id")} for e in error.errors(include_url=False)]
         raise RequestValidationError(found) from error

@@ -24,7 +24,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 import tiglon
@@ -52,7 +53,7 @@ from tiglon.errors import (
     UnknownIdError,
 )
 from tiglon.evaluation.protocol import Evaluation, evaluate, to_json
-from tiglon.ranking.model import LifelongRanker
+from tiglon.ranking.model import LifelongRanker, is_ranker
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.comirec import ComiRec
 from tiglon.retrieval.eager import Eager
@@ -69,6 +70,7 @@ from tiglon.semantic_ids.tokenizer import Tokenizer
 from tiglon.serving import funnel as funnels
 from tiglon.serving.funnel import Funnel, FunnelConfig, Fusion
 from tiglon.serving.lifelong import Lifelong
+from tiglon.serving.messages import ID, ID_RULE, RecommendRequest
 from tiglon.serving.remembered import Remembered, Remembering
 from tiglon.types import MISSING, Interactions, Items, Targets, Vocabulary
 
@@ -215,15 +217,19 @@ class Bundle:
         users: raw ids, whose stored lives are read; of a user who is not there nothing is known.
         history: instead of `users`, lists of raw item ids, oldest first; unknown items are skipped.
         exclude_seen: never an item of the history; None: as the bundle was made.
+        Raises ConfigError for what are no ids, or no lists of them, and for a bad k.
         """
-        from tiglon.serving.messages import RecommendRequest
-
         require_k(k)
         require_one(users, history)
+        _require_mode(exclude_seen)
         if history is not None:
-            asked: list[dict[str, Any]] = [{"history": [_plain(i) for i in items]} for items in history]
+            lives = _listed(history, "history", "history=[[item ids], …]")
+            asked: list[dict[str, Any]] = [
+                {"history": _ids(life, f"history[{n}]", "history=[[item ids], …]")}
+                for n, life in enumerate(lives)
+            ]
         elif users is not None:
-            asked = [{"user_id": _plain(user)} for user in users]
+            asked = [{"user_id": user} for user in _ids(users, "users", "users=[…]")]
         else:
             raise ConfigError("neither users nor a history", fix="Pass users=[…] or history=[[item ids], …]")
         # Not validated: who asks from Python may ask for more than one request over HTTP may.
@@ -340,7 +346,11 @@ class Bundle:
 
         On the validation without the funnel, which learned from it.
         progress: called with (retriever, users done, users in all).
+        Raises ConfigError for another split.
         """
+        if split not in ("test", "validation"):
+            raise ConfigError(f"split {split!r}", rule="It is test or validation")
+        _require_mode(exclude_seen)
         parts = leave_last_out(self.log())
         targets = parts.test if split == "test" else parts.validation
         mask = self.exclude_seen if exclude_seen is None else exclude_seen
@@ -469,7 +479,7 @@ class Bundle:
         path = Path(path)
         manifest = _checked_manifest(path)
         try:
-            table = pl.read_parquet(path / "items.parquet")
+            table = pl.read_parquet(path / "items.parquet", glob=False)  # a path may hold brackets
             neighbours = NeighbourSum.load(path / "neighbours")
             fusions, funnel_config = (
                 funnels.load(path / "funnel") if (path / "funnel").is_dir() else ({}, FunnelConfig())
@@ -520,9 +530,29 @@ class Growing(Protocol):
         ...
 
 
-def _plain(value: Any) -> Any:
-    """An id as Python has it."""
-    return value.item() if isinstance(value, np.generic) else value
+def _listed(given: Any, name: str, way: str) -> list[Any]:
+    """What a list holds. Raises ConfigError for what is none; a string is a list of letters by mistake alone."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ConfigError(f"{name} of {given!r:.80}", rule="It is a list", fix=f"Pass {way}")
+    return list(given)
+
+
+def _ids(given: Any, name: str, way: str) -> list[int | str]:
+    """The ids of a list as Python has them. Raises ConfigError for what is none."""
+    found = [value.item() if isinstance(value, np.generic) else value for value in _listed(given, name, way)]
+    for place, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ConfigError(
+                f"{name}[{place}] of {value!r:.80}", rule="An id is a whole number or a string, as in the log"
+            )
+    return found
+
+
+def _require_mode(exclude_seen: Any) -> None:
+    if exclude_seen is not None and not isinstance(exclude_seen, (bool, np.bool_)):
+        raise ConfigError(
+            f"exclude_seen={exclude_seen!r:.80}", rule="It is True, False, or None for as the bundle was made"
+        )
 
 
 def _joined(retriever: Retriever, items: Vocabulary, vectors: np.ndarray) -> Retriever:
@@ -555,6 +585,34 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
+def is_home(path: str | Path) -> bool:
+    """Whether bundles are published in a folder."""
+    return (Path(path) / "CURRENT").exists()
+
+
+def require_bundle(path: Path) -> None:
+    """BundleDamagedError where there is none, saying what stands there instead."""
+    if is_bundle(path):
+        return
+    if is_ranker(path):
+        raise BundleDamagedError(
+            f"{path} is a ranker",
+            rule="A ranker orders what a bundle finds",
+            fix="Give a bundle; to have both in one: tiglon train --recipe R … --into BUNDLE",
+        )
+    if is_home(path):
+        raise BundleDamagedError(
+            f"{path} is a home of published bundles",
+            rule="What is published there never changes",
+            fix=f"Take one of {path / 'bundles'}; to change one, change a copy, and publish that",
+        )
+    raise BundleDamagedError(
+        f"no bundle at {path}" if not path.exists() else f"{path} has no manifest.json",
+        rule="A bundle is a folder that `tiglon train` wrote",
+        fix="Check the path, or train one: tiglon train --interactions F --items G --out BUNDLE",
+    )
+
+
 def require_same_log(bundle: HistoryStore, ranker: HistoryStore) -> None:
     """DataError where a ranker's log is not the bundle's."""
     same = bundle.users == ranker.users and bundle.items == ranker.items
@@ -570,8 +628,14 @@ def require_free(path: Path, overwrite: bool) -> None:
     """ConfigError where something stands at `path` that must not be replaced."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
+    if is_home(path):
+        raise ConfigError(
+            f"{path}, which is a home of published bundles",
+            fix=f"Choose another path, and publish what stands there then: tiglon publish BUNDLE {path}",
+        )
     if not is_bundle(path):
-        raise ConfigError(f"{path}, which exists and is no bundle", fix="Choose another path")
+        what = "is a ranker" if is_ranker(path) else "exists and is no bundle"
+        raise ConfigError(f"{path}, which {what}", fix="Choose another path")
     if not overwrite:
         raise ConfigError(
             f"{path}, where a bundle stands already", fix="Choose another path, or pass --overwrite"
@@ -579,14 +643,20 @@ def require_free(path: Path, overwrite: bool) -> None:
 
 
 def matching_id(vocabulary: Vocabulary, text: str) -> Any:
-    """A raw id typed on a command line, as the vocabulary's type. Raises UnknownIdError."""
-    if not pa.types.is_integer(vocabulary.raw.type):
-        return text
+    """A raw id typed on a command line, as the vocabulary's type. Raises UnknownIdError, ConfigError."""
+    found: int | str = text
+    if pa.types.is_integer(vocabulary.raw.type):
+        try:
+            found = int(text)
+        except ValueError as error:
+            example = f", such as {vocabulary.raw[0]}" if len(vocabulary) else ""
+            raise UnknownIdError(
+                f"the id {text!r:.80}", rule=f"Ids here are whole numbers{example}"
+            ) from error
     try:
-        return int(text)
-    except ValueError as error:
-        example = f", such as {vocabulary.raw[0]}" if len(vocabulary) else ""
-        raise UnknownIdError(f"the id '{text}'", rule=f"Ids here are whole numbers{example}") from error
+        return ID.validate_python(found)
+    except ValidationError as error:
+        raise ConfigError(f"the id {text!r:.80}", rule=ID_RULE) from error
 
 
 def _as_schema(table: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
@@ -630,12 +700,7 @@ def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
     """The manifest, once every file that it lists is there and has its checksum."""
-    if not is_bundle(path):
-        raise BundleDamagedError(
-            f"no bundle at {path}" if not path.exists() else f"{path} has no manifest.json",
-            rule="A bundle is a folder that `tiglon train` wrote",
-            fix="Check the path, or train one: tiglon train --interactions F --items G --out BUNDLE",
-        )
+    require_bundle(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] > FORMAT:

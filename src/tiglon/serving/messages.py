@@ -4,20 +4,36 @@
 
 Ids are yours: whole numbers (64 bits) or strings, never converted, so 5 and "5" are two ids. An unknown
 field, a number in quotes or a list out of bounds is refused with pydantic's ValidationError; the bounds keep
-one request from costing what a thousand may. Messages are immutable.
+one request from costing what a thousand may. An answer has none: what a bundle holds can be told. Messages are
+immutable.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from tiglon.types import LONGEST_ID
 
 MOST_ITEMS = 1_000  # of an answer, and to rank
 MOST_BATCH = 10_000  # events, items, and ids in a history or a list of the request
 
 Int64 = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
-Id = Int64 | Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Id = Int64 | Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_ID)]
+ID: TypeAdapter[int | str] = TypeAdapter(Id)
+ID_RULE = f"An id is a whole number of 64 bits, or a string of 1 … {LONGEST_ID} characters"
+AnyId = StrictInt | StrictStr  # of an answer
 Ids = Annotated[list[Id], Field(max_length=MOST_BATCH)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=64)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -42,8 +58,8 @@ class Message(BaseModel):
 class Event(Message):
     """One behaviour of a user."""
 
-    user_id: Id
-    item_id: Id
+    user_id: AnyId
+    item_id: AnyId
     timestamp: Int64 = Field(description="in the unit of the log that the bundle was trained on")
     event_id: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="an event with the same event_id is stored once"
@@ -97,7 +113,7 @@ class Source(Message):
 class Attention(Message):
     """A past behaviour that the ranker read when it scored an item. weight: its share of the attention."""
 
-    item_id: Id
+    item_id: AnyId
     timestamp: int
     weight: float
 
@@ -109,7 +125,7 @@ class Explanation(Message):
 
 
 class RecommendedItem(Message):
-    item_id: Id
+    item_id: AnyId
     score: float
     source: str = Field(description="the retriever that placed it highest")
     reasons: Explanation | None = None
@@ -118,14 +134,14 @@ class RecommendedItem(Message):
 class Filtered(Message):
     """A candidate that a rule kept out of the answer."""
 
-    item_id: Id
+    item_id: AnyId
     rule: str
 
 
 class RecommendResponse(Message):
     request_id: str
     bundle: str = Field(description="the version of the bundle that answered")
-    user_id: Id | None
+    user_id: AnyId | None
     items: list[RecommendedItem]
     degraded: list[str] = Field(default=[], description="what was left out or stood in, and why")
     sources: dict[str, int] = Field(default={}, description="candidates that each retriever gave")
@@ -142,9 +158,9 @@ class RankRequest(Asked):
 class RankResponse(Message):
     request_id: str
     bundle: str
-    user_id: Id | None
+    user_id: AnyId | None
     items: list[RecommendedItem]
-    unknown: list[Id] = Field(default=[], description="asked for, but not in the catalogue")
+    unknown: list[AnyId] = Field(default=[], description="asked for, but not in the catalogue")
     degraded: list[str] = []
 
 
@@ -155,7 +171,7 @@ class SimilarRequest(Message):
 
 
 class SimilarItem(Message):
-    item_id: Id
+    item_id: AnyId
     score: float
     source: str
 
@@ -163,15 +179,24 @@ class SimilarItem(Message):
 class SimilarResponse(Message):
     request_id: str
     bundle: str
-    item_id: Id
+    item_id: AnyId
     items: list[SimilarItem]
 
 
 # -- what changes ------------------------------------------------------------------------------------------
 
 
+class SentEvent(Event):
+    """An event with ids within their bounds."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    user_id: Id
+    item_id: Id
+
+
 class EventsRequest(Message):
-    events: Annotated[list[Event], Field(min_length=1, max_length=MOST_BATCH)]
+    events: Annotated[list[SentEvent], Field(min_length=1, max_length=MOST_BATCH)]
     request_id: RequestId | None = None
 
 
@@ -194,8 +219,13 @@ class ItemsRequest(Message):
             raise ValueError("neither items to add nor items to remove")
         for place, row in enumerate(self.add):
             given = row.get("item_id")
-            if isinstance(given, bool) or not isinstance(given, (int, str)) or given == "":
-                raise ValueError(f"add[{place}] has the item_id {given!r}; it is a whole number or a string")
+            try:
+                ID.validate_python(given)
+            except ValidationError as error:
+                raise ValueError(
+                    f"add[{place}] has the item_id {given!r:.80}; it is a whole number or a string of "
+                    f"1 … {LONGEST_ID} characters"
+                ) from error
         return self
 
 
@@ -205,19 +235,19 @@ class ItemsResponse(Message):
     added: int
     changed: int
     removed: int
-    unknown: list[Id] = Field(default=[], description="to be removed, but not in the catalogue")
+    unknown: list[AnyId] = Field(default=[], description="to be removed, but not in the catalogue")
 
 
 class UserResponse(Message):
     """A user's whole life, oldest first."""
 
-    user_id: Id
+    user_id: AnyId
     known: bool
     events: list[Event]
 
 
 class ForgetResponse(Message):
-    user_id: Id
+    user_id: AnyId
     events: int = Field(description="how many were hidden or deleted")
 
 
@@ -227,7 +257,7 @@ Prefix = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_
 
 
 class TreeItem(Message):
-    item_id: Id
+    item_id: AnyId
     text: str
 
 
@@ -261,7 +291,7 @@ class BeamResponse(Message):
     """Where TIGER's beam went: for each depth the prefixes that it kept, best first."""
 
     bundle: str
-    user_id: Id | None
+    user_id: AnyId | None
     depths: list[list[BeamPrefix]]
 
 
@@ -275,7 +305,7 @@ class LookupRequest(Message):
 class ItemDetails(Message):
     """columns: what the item table says. code: its semantic ID."""
 
-    item_id: Id
+    item_id: AnyId
     text: str
     columns: dict[str, Any] = {}
     code: list[int] = []
@@ -297,7 +327,7 @@ class FindResponse(Message):
     """users: ids that begin with the text. items: those whose id begins with it or whose text holds it."""
 
     bundle: str
-    users: list[Id]
+    users: list[AnyId]
     items: list[TreeItem]
 
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tiglon.errors import BundleDamagedError, BundleError, ConfigError, StorageError
-from tiglon.serving.bundle import Bundle
+from tiglon.ranking.model import is_ranker
+from tiglon.serving.bundle import Bundle, is_bundle, is_home
 
 PATIENCE = 600.0  # seconds until another publisher counts as stuck
 _VERSION = re.compile(r"[0-9a-f]{16}")
@@ -38,11 +39,13 @@ _ASIDE = ".aside-"
 def publish(bundle: Bundle | str | Path, home: str | Path) -> Path:
     """Let this bundle answer; its folder in the home. What is published already only moves the pointer.
 
-    bundle: in memory, or the folder of one, which is copied.
-    Raises BundleError where it cannot be read, StorageError; CURRENT is as before then.
+    bundle: in memory, or the folder of one, which is copied, or another home, whose current one is.
+    Raises BundleError where it cannot be read, ConfigError for a home that is a bundle, StorageError; CURRENT is
+    as before then.
     """
     home = Path(home)
     if not isinstance(bundle, Bundle):
+        bundle = bundle_folder(Path(bundle))
         Bundle.load(bundle)  # what is wrong with it is said of the folder that was given
     with _alone(home), _aside(home) as aside:
         if isinstance(bundle, Bundle):
@@ -76,7 +79,7 @@ def current(home: str | Path) -> Path:
 
 def bundle_folder(source: Path) -> Path:
     """The bundle that a path means: itself, or what CURRENT names."""
-    return current(source) if (source / "CURRENT").exists() else source
+    return current(source) if is_home(source) else source
 
 
 def versions(home: str | Path) -> list[str]:
@@ -175,7 +178,13 @@ def _point(home: Path, listed: list[str]) -> None:
 
 @contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """One change of a home at a time. What the disk refuses becomes a StorageError."""
+    """One change of a home at a time. What the disk refuses becomes a StorageError; ConfigError for no home."""
+    if is_bundle(home) or is_ranker(home):
+        raise ConfigError(
+            f"{home}, which is a {'bundle' if is_bundle(home) else 'ranker'}",
+            rule="A home is a folder of its own, into which bundles are copied",
+            fix="Name another folder; it is made if it is missing",
+        )
     try:
         (home / "bundles").mkdir(parents=True, exist_ok=True)
         with FileLock(home / ".lock", timeout=PATIENCE):
