@@ -270,6 +270,23 @@ def test_the_next_request_sees_an_event(live, bundle):
     assert tell(live, (3, first[0], now)).duplicates == 1
 
 
+def test_an_event_that_the_bundle_holds_counts_once(live, bundle):
+    """As after a bundle that was trained on what the state has."""
+    life = bundle.histories.before([3])
+    before, told = live.user(3), list(zip(life.item.tolist(), life.time.tolist(), strict=True))
+    tell(live, *((3, item, moment, f"e-{moment}") for item, moment in told[-2:]))
+    assert live.user(3) == before
+    assert live._life(live._catalogue, 3, []).item.tolist() == life.item.tolist()
+    item, moment = told[-1]
+    tell(live, (3, item, moment + 1))  # the same item at another time is another event
+    assert [(e.item_id, e.timestamp) for e in live.user(3).events] == [*told, (item, moment + 1)]
+    assert live._life(live._catalogue, 3, []).item.tolist() == [*life.item.tolist(), item]
+    live.forget(3)
+    tell(live, (3, item, moment))  # sent again, so it is to be known again
+    assert [(e.item_id, e.timestamp) for e in live.user(3).events] == [(item, moment)]
+    assert live._life(live._catalogue, 3, []).item.tolist() == [item]
+
+
 def test_a_new_user_and_events_out_of_order(live):
     tell(live, ("Ünal 买家", 7, 300), ("Ünal 买家", 5, 100), ("Ünal 买家", 6, 200))
     assert [e.item_id for e in live.user("Ünal 买家").events] == [5, 6, 7]
@@ -342,11 +359,27 @@ def test_a_new_item_comes_at_once_behind_its_like_and_ids_stay(live, bundle):
     assert ids(ask(live, user_id=3, allow=[900])) == [900]
 
 
-def test_new_items_are_one_in_ten_unless_tiger_writes_them(live, bundle):
-    title = bundle.items.table["title"]
+def test_new_items_are_one_in_ten_unless_nothing_else_is_left(live, bundle):
+    title, new = bundle.items.table["title"], range(900, 940)
     change(live, [{"item_id": 900 + i, "title": title[i]} for i in range(40)])
-    answer = ask(live, user_id=3, k=20)
-    assert sum(item.source == "new item" for item in answer.items) <= 2
+    for k, most in ((1, 1), (9, 1), (20, 2)):
+        found = ids(ask(live, user_id=3, k=k))
+        assert len(found) == k
+        assert sum(item in new for item in found) <= most
+    assert any(item in new for item in found)
+    assert len(ids(ask(live, user_id=3, k=7, allow=list(new)))) == 7
+    mixed = ask(live, user_id=3, k=10, allow=[*new, 0, 1], exclude_seen=False)
+    assert len(mixed.items) == 10
+    assert {0, 1} < set(ids(mixed))
+    scores = [item.score for item in mixed.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_new_items_of_which_nothing_is_known_come_last(live):
+    change(live, [{"item_id": 900 + i} for i in range(3)])
+    for user in (3, 4, 5):
+        assert not {900, 901, 902} & set(ids(ask(live, user_id=user, k=20, exclude_seen=False)))
+        assert {900, 901, 902} < set(ids(ask(live, user_id=user, k=1000, exclude_seen=False)))
 
 
 def test_a_removed_item_never_comes_back(live):

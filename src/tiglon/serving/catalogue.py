@@ -71,6 +71,11 @@ class Catalogue:
         return np.where(cosine > 0, best, MISSING), cosine
 
     @cached_property
+    def silent(self) -> np.ndarray:
+        """(N,) bool: new items whose content is like that of no other, as where it is empty."""
+        return self.stand_in == MISSING
+
+    @cached_property
     def newcomers(self) -> dict[int, list[int]]:
         """Trained item → the new ones that stand behind it."""
         behind: dict[int, list[int]] = {}

@@ -14,8 +14,9 @@ own past with exclude_seen; these are kept out before the retrievers choose, so 
 a column are kept while the list is written. A list is shorter than k only where the rules leave no more items.
 
 New items. A retriever that was fitted before an item came knows nothing of it. In a life it reads the item
-whose vector is nearest in its place; and in an answer a new item stands right behind that nearest item, one in
-ten at most, but at least one. TIGER writes the IDs of new items by itself.
+whose vector is nearest in its place; and in an answer a new item stands right behind that nearest item, or where
+TIGER and the networks put it, who know it by its content. One in ten of a list is new at most, but at least
+one, unless nothing else is left.
 
 Time. With a budget, TIGER, the ranker and the language model are left out when what they usually take does not
 fit into what is left of it: the neighbours answer alone. Requests that are asked together share the work, but
@@ -86,7 +87,7 @@ from tiglon.serving.state import Life, State
 from tiglon.serving.tree import beam_of, node_of
 from tiglon.types import MISSING, Histories
 
-NEW_SHARE = 10  # behind its like, one new item in so many of a list
+NEW_SHARE = 10  # one new item in so many of a list
 FORGET = 0.995  # of a stage's usual time, for each request that skips it: one in hundreds tries it again
 RERANKED = 20  # candidates that a language model reads
 STATE_DOWN = "state down: only what the bundle holds was read"
@@ -195,7 +196,11 @@ class Engine:
         if not stranger:
             skip = {name for name in _slow(funnel) if self._too_slow(name, askings)}
         lives = _together([asking.life for asking in askings])
-        stand_in = now.stand_in if len(now) > now.trained else None
+        stand_in, allowed = None, rules.pop("allowed", None)
+        if len(now) > now.trained:
+            stand_in = now.stand_in
+            if now.silent.any():  # networks would make something up
+                allowed = ~now.silent if allowed is None else allowed & ~now.silent
         pool = gather(
             funnel.retrievers,
             lives,
@@ -206,6 +211,7 @@ class Engine:
             skip=skip,
             spent=lambda name, seconds: self._spent(name, seconds, len(askings)),
             remembered=now.remembered,
+            allowed=allowed,
             **rules,
         )
         began = time.perf_counter()
@@ -301,9 +307,12 @@ class Engine:
         if later.forgotten:
             base = replace(base, offsets=np.zeros(2, np.int64), item=base.item[:0], time=base.time[:0])
         dense = now.items.encode(later.item_ids)
-        known = dense != MISSING
-        item = np.concatenate([base.item, dense[known]])
-        moment = np.concatenate([base.time, np.array(later.times, np.int64)[known]])
+        late = base.time >= min(later.times, default=0)  # a training may have had some of the state's
+        stored = set(zip(base.item[late].tolist(), base.time[late].tolist(), strict=True))
+        told = zip(dense.tolist(), later.times, strict=True)
+        new = np.array([i != MISSING and (i, t) not in stored for i, t in told], bool)
+        item = np.concatenate([base.item, dense[new]])
+        moment = np.concatenate([base.time, np.array(later.times, np.int64)[new]])
         order = np.argsort(moment, kind="stable")
         return Histories(np.array([0, len(item)]), item[order], moment[order], user=base.user)
 
@@ -338,18 +347,30 @@ class Engine:
         allowed = _allowed(now, request)
         room, taken = _Caps(now, request.at_most), set[int]()
         new_left = max(1, request.k // NEW_SHARE)
-        answer: list[tuple[int, int | None]] = []
-        for item, like in self._in_order(now, asking):
+        answer: list[tuple[int, int, int | None]] = []
+        waiting: list[tuple[int, int, int | None]] = []  # new ones beyond their share
+
+        def take(place: int, item: int, like: int | None) -> bool:
+            if len(answer) == request.k or item in taken or not room.take(item):
+                return False
+            taken.add(item)
+            answer.append((place, item, like))
+            return True
+
+        for place, (item, like) in enumerate(self._in_order(now, asking)):
             if len(answer) == request.k:
                 break
-            if item in taken or item in hidden or (allowed is not None and not allowed[item]):
+            if item in hidden or (allowed is not None and not allowed[item]):
                 continue
-            if (like is not None and not new_left) or not room.take(item):
-                continue
-            new_left -= like is not None
-            taken.add(item)
-            answer.append((item, like))
-        return answer
+            if item < now.trained:
+                take(place, item, like)
+            elif not new_left:
+                waiting.append((place, item, like))
+            elif take(place, item, like):
+                new_left -= 1
+        for late in waiting:
+            take(*late)
+        return [(item, like) for _, item, like in sorted(answer, key=lambda found: found[0])]
 
     def _in_order(self, now: Catalogue, asking: _Asking) -> Iterator[tuple[int, int | None]]:
         """Candidates, best first, each followed by the new items that are like it; then everything else."""
@@ -539,16 +560,18 @@ class Engine:
         )
 
     def user(self, user_id: Id) -> UserResponse:
-        """A user's whole life, oldest first; empty for a stranger. Raises StorageError."""
+        """A user's whole life, oldest first, each event once; empty for a stranger. Raises StorageError."""
         now = self._catalogue
         later = None if self.state is None else self.state.life(user_id)
         later = Life() if later is None else later
         events = [] if later.forgotten else self._base_events(now, user_id)
+        stored = {(event.item_id, event.timestamp) for event in events}
         events += [
             Event(user_id=user_id, item_id=item, timestamp=time, features=values, event_id=event_id)
             for item, time, values, event_id in zip(
                 later.item_ids, later.times, later.features, later.event_ids, strict=True
             )
+            if (item, time) not in stored
         ]
         events.sort(key=lambda event: event.timestamp)
         return UserResponse(user_id=user_id, known=bool(events), events=events)
