@@ -230,6 +230,15 @@ def test_rows_of_an_item_tower_are_its_table():
         torch.testing.assert_close(tower(at, tower.table()), tower.table()[at])
 
 
+def test_what_a_new_item_has_of_its_own_is_the_mean():
+    tower = ItemTower(N, 4, VECTORS)
+    mean = tower.own.weight.mean(dim=0)
+    for new in VECTORS[:3]:
+        tower.add(new[None])
+    torch.testing.assert_close(tower.own.weight[N:], mean.expand(3, -1))
+    assert (tower.own.weight[N:] == tower.own.weight[N]).all()
+
+
 def test_hashed_users_share_buckets_and_strangers_have_their_own():
     who = HashedUsers(3, 4).eval()
     found = who(torch.tensor([1, 4, -1, 2]))

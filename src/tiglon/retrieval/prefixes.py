@@ -6,7 +6,7 @@ The own vector remembers what is particular, down to the item itself; every pref
 one, beginning at zero. Content is the mean item vector below the prefix less that of the prefix one code
 shorter, through one learned projection: along an item's path the parts add up to its own projected vector.
 So what the projection learns from items with many events holds for those with few, and for one that
-arrives tomorrow, whose own vectors are zero.
+arrives tomorrow, whose own vectors are the mean of those that are known.
 
 Letters: N items, S code positions, V codes a position, C width of item vectors, D width, R prefixes (rows).
 """
@@ -203,8 +203,9 @@ class Prefixes(nn.Module):
 
     @torch.no_grad()
     def extended(self, codes: np.ndarray, vectors: np.ndarray | None) -> Prefixes:
-        """These with rows for the new prefixes of new items (M, S): own vectors zero, content from `vectors`
-        (M, C). Rows are numbered in the order of the items, so all at once or one by one is the same.
+        """These with rows for the new prefixes of new items (M, S): content from `vectors` (M, C), and as own vectors
+        the means of their length, in which a softmax has put that most prefixes are wanted little (`ItemTower.add`).
+        Rows are numbered in the order of the items, so all at once or one by one is the same.
         """
         count, width = self.own.weight.shape
         projected = self.projected if vectors is not None else None
@@ -215,7 +216,8 @@ class Prefixes(nn.Module):
             dict(zip(keys.tolist(), rows.tolist(), strict=True))
             for keys, rows in zip(self.keys, self.rows, strict=True)
         ]
-        content = [torch.zeros(width)][:0]
+        mean = [mean_row(self.own.weight[rows]) if len(rows) else torch.zeros(width) for rows in self.rows]
+        content, own = [torch.zeros(width)][:0], [self.own.weight]
         for item, rest in zip(codes.tolist(), goal, strict=True):
             row = item[0] + 1
             for s, code in enumerate(item):
@@ -224,6 +226,7 @@ class Prefixes(nn.Module):
                     row = known[s - 1].setdefault(key, count + len(content))
                     if row == count + len(content):
                         content.append(rest)
+                        own.append(mean[s - 1][None])
                 if projected is not None:
                     rest = rest - (projected[row] if row < count else content[row - count])
         more = torch.stack(content) if content else torch.zeros(0, width)
@@ -233,8 +236,7 @@ class Prefixes(nn.Module):
         ordered = [sorted(mapping.items()) for mapping in known]
         new.keys = [torch.tensor([key for key, _ in pairs], dtype=torch.int64) for pairs in ordered]
         new.rows = [torch.tensor([row for _, row in pairs], dtype=torch.int64) for pairs in ordered]
-        own = torch.cat([self.own.weight, torch.zeros_like(more)])
-        new.own = nn.Embedding.from_pretrained(own, freeze=False)
+        new.own = nn.Embedding.from_pretrained(torch.cat(own), freeze=False)
         new.projected = None if self.projected is None else torch.cat([self.projected, more])
         new.content = None  # from here on it is fixed
         new.forget()
@@ -256,6 +258,11 @@ def _add_products(
         for d in range(len(own)):
             product += own[d] * vector[d]
         logits[owner[i], code[i]] += product
+
+
+def mean_row(vectors: Tensor) -> Tensor:
+    """(D,) of vectors (N, D), N above 0: with copies of it added, it is the same to the last bit."""
+    return vectors.mean(dim=0, dtype=torch.float64).to(vectors.dtype)
 
 
 def centred(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:

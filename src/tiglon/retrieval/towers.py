@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tiglon.errors import ConfigError
 from tiglon.nn.interests import disagreement
 from tiglon.nn.transformer import Dropout
-from tiglon.retrieval.prefixes import QUIET, centred, principal_axes
+from tiglon.retrieval.prefixes import QUIET, centred, mean_row, principal_axes
 from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
 from tiglon.retrieval.windows import Batch
@@ -97,7 +97,11 @@ class ItemTower(nn.Module):
 
     @torch.no_grad()
     def add(self, content: np.ndarray) -> None:
-        """New items after the old, by their content (M, C) float32; vectors of their own are zero."""
+        """New items after the old, by their content (M, C) float32.
+
+        What they have of their own is the mean of those that are known: there a softmax has put that most items
+        are wanted little. At zero, new items would take twice the places that they are worth.
+        """
         if self.content is None or self.mean is None:
             raise ConfigError(
                 "new items for a retriever that knows items by their ids alone",
@@ -105,7 +109,8 @@ class ItemTower(nn.Module):
                 fix="Give `vectors` when the retriever is made, and fit it anew",
             )
         more = torch.from_numpy(centred(content, self.mean.numpy()))
-        own = torch.cat([self.own.weight, torch.zeros(len(content), self.own.weight.shape[1])])
+        own = self.own.weight
+        own = torch.cat([own, mean_row(own).expand(len(content), -1)])
         self.own = nn.Embedding.from_pretrained(own, freeze=False)
         self.content = torch.cat([self.content, more])
 
