@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tiglon import types
+from tiglon.errors import UnknownIdError
 from tiglon.types import MISSING, Vocabulary
 
 
@@ -27,3 +28,17 @@ def test_two_ids_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr(types, "_hash", lambda raw: np.full(len(raw), 7, np.uint64))
     vocabulary = Vocabulary(list(range(100)))
     assert vocabulary.encode([50, 101]).tolist() == [50, MISSING]
+
+
+@pytest.mark.parametrize(
+    "known, told",
+    [
+        ([3, 5], "There are 2 known items, with integer ids. Pass an id from the log, such as 3."),
+        (["", "a"], "There are 2 known items, with string ids. Pass an id from the log, such as 'a'."),
+        ([], "There are 0 known items, with string ids."),
+    ],
+)
+def test_an_unknown_id_is_told_what_ids_are_like(known, told):
+    with pytest.raises(UnknownIdError) as error:
+        Vocabulary(known).require(["never"], "item")
+    assert str(error.value) == f"unknown item 'never'. {told}"

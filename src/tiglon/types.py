@@ -105,10 +105,12 @@ class Vocabulary:
         dense = self.encode(raw)
         if (dense == MISSING).any():
             unknown = [value for value, index in zip(raw, dense, strict=True) if index == MISSING][:3]
+            ids = "integer ids" if pa.types.is_integer(self.raw.type) else "string ids"
+            example = [value for value in self.raw[:2].to_pylist() if value != ""][:1]
             raise UnknownIdError(
                 f"unknown {kind} {', '.join(map(repr, unknown))}",
-                rule=f"There are {len(self)} known {kind}s, with ids of type {self.raw.type}",
-                fix=f"Pass an id from the log, such as {self.raw[0].as_py()!r}" if len(self) else "",
+                rule=f"There are {len(self)} known {kind}s, with {ids}",
+                fix=f"Pass an id from the log, such as {example[0]!r}" if example else "",
             )
         return dense
 

@@ -86,7 +86,7 @@ def _read_file(path: Path, ids: Sequence[str]) -> pl.DataFrame:
         raise DataError(f"an empty file: {path}", rule="A table has at least a header")
     try:
         if kind == "parquet":
-            return pl.read_parquet(path)
+            return pl.read_parquet(path, glob=False)
         content: Any = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path
         return _read_csv(content, path, ids) if kind == "csv" else _read_ndjson(content, path)
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
@@ -95,7 +95,7 @@ def _read_file(path: Path, ids: Sequence[str]) -> pl.DataFrame:
 
 
 def _read_csv(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataFrame:
-    columns = pl.read_csv(content, n_rows=0, infer_schema=False).columns
+    columns = pl.read_csv(content, n_rows=0, infer_schema=False, glob=False).columns
     other = next((mark for mark in ";\t|" if mark in columns[0]), None)
     if len(columns) == 1 and other:
         raise SchemaError(
@@ -104,7 +104,7 @@ def _read_csv(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataF
             fix=f"Write it with ',' in place of {other!r}",
         )
     try:
-        frame = pl.read_csv(content, infer_schema=False)
+        frame = pl.read_csv(content, infer_schema=False, glob=False)
     except pl.exceptions.ComputeError as error:
         long = _long_line(content, len(columns))
         if long is None:
@@ -132,7 +132,8 @@ def _long_line(content: bytes | Path, width: int) -> tuple[int, int] | None:
 
 def _read_ndjson(content: bytes | Path, path: Path) -> pl.DataFrame:
     try:
-        return pl.read_ndjson(content, infer_schema_length=None)
+        with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+            return pl.read_ndjson(file, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
         for number, line in enumerate(_text(content).split("\n"), start=1):
             if line.strip() and not _is_object(line):

@@ -549,7 +549,7 @@ class FittedFeatures:
             rule="The folder has features.json, categories.parquet, item_codes.npy and user_codes.npy",
             fix="Fit them anew on the training log",
         ) as about:
-            table = pl.read_parquet(directory / "categories.parquet")
+            table = pl.read_parquet(directory / "categories.parquet", glob=False)
             coders: dict[str, Coder] = {
                 name: Buckets(np.array(values, np.float64)) for name, values in about["boundaries"].items()
             }

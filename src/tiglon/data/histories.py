@@ -227,7 +227,7 @@ def build_from_parquet(
     for path in files:
         if not path.is_file():
             raise DataError(f"no file at {path}", fix="Check the path")
-    log = pl.scan_parquet(files)
+    log = pl.scan_parquet(files, glob=False)
     require_columns(log.collect_schema().names(), [user, item, time, *features])
     users, lengths = _count(log, user)
     items, _ = _count(log, item)

@@ -295,7 +295,7 @@ def _atomic(folder: Path, ending: str) -> pl.DataFrame | None:
         raise DataError(f"{len(found)} .{ending} files in {folder}", rule="A folder holds one data set")
     if not found:
         return None
-    frame = pl.read_csv(found[0], separator="\t", quote_char=None, infer_schema=False)
+    frame = pl.read_csv(found[0], separator="\t", quote_char=None, infer_schema=False, glob=False)
     return pl.DataFrame([_atomic_column(frame[header], found[0]) for header in frame.columns])
 
 

@@ -499,8 +499,8 @@ class LifelongRanker:
         if name not in known:
             raise ConfigError(f"no requests named '{name}' in {directory}", fix=did_you_mean(name, known))
         try:
-            asked = pl.read_parquet(folder / "requests.parquet")
-            candidates = pl.read_parquet(folder / "candidates.parquet")
+            asked = pl.read_parquet(folder / "requests.parquet", glob=False)
+            candidates = pl.read_parquet(folder / "candidates.parquet", glob=False)
             return RankingTask(
                 store=self.lives,
                 features=self.features,
