@@ -148,8 +148,8 @@ class CatalogueScorer(Retriever):
     ) -> Candidates:
         """As `Retriever.retrieve`."""
         require_k(k)
-        require_deny(deny, len(self.items))
         self._require_fitted()
+        require_deny(deny, len(self.items))
         width = min(k, len(self.items))
         item = np.empty((len(histories), width), np.int64)
         score = np.empty((len(histories), width), np.float32)
