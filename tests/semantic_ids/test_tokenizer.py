@@ -134,6 +134,10 @@ def test_a_damaged_or_unknown_file_is_refused(tmp_path: Path) -> None:
     tokenizers.path_in(tmp_path).write_bytes(b"nonsense")
     with pytest.raises(BundleDamagedError, match="cannot be read"):
         tokenizers.load(tmp_path)
+    for kind in ("residual_kmeans", "rqvae", "lsh", "random"):
+        tokenizers.storage.write(tokenizers.path_in(tmp_path), {}, {"kind": kind})
+        with pytest.raises(BundleDamagedError, match=r"cannot be read: (KeyError|TypeError)"):
+            tokenizers.load(tmp_path)
     tokenizers.storage.write(tokenizers.path_in(tmp_path), {}, {"kind": "of tomorrow"})
     with pytest.raises(BundleDamagedError, match=r"'of tomorrow'.*newer Tiglon"):
         tokenizers.load(tmp_path)

@@ -169,14 +169,13 @@ class SemanticIds:
         """What `save` wrote. Raises BundleDamagedError where it is not whole."""
         path = Path(directory) / "ids.safetensors"
         arrays, settings = storage.read(path)
-        try:
+        with storage.reading(path):
             ids = cls(arrays["codes"], tuple(settings["sizes"]), arrays["alive"], settings["parent"])
-        except (KeyError, DataError) as error:
-            raise BundleDamagedError(f"{path} holds no semantic IDs: {error}") from error
-        if ids.version != settings["version"]:
-            raise BundleDamagedError(
-                f"{path} has version {ids.version}, not {settings['version']}", fix="Copy the folder again"
-            )
+            if ids.version != settings["version"]:
+                raise BundleDamagedError(
+                    f"{path} has version {ids.version}, not {settings['version']}",
+                    fix="Copy the folder again",
+                )
         return ids
 
 

@@ -101,10 +101,11 @@ class ResidualKMeans:
     def load(cls, directory: Path) -> ResidualKMeans:
         """What `save` wrote. Raises BundleDamagedError."""
         arrays, settings = storage.read(path_in(directory))
-        settings.pop("kind")
-        levels, codes, _ = arrays["codebooks"].shape
-        self = cls(levels, codes, **settings)
-        self.codebooks, self.mean, self.scale = arrays["codebooks"], arrays["mean"], arrays["scale"]
+        with storage.reading(path_in(directory)):
+            settings.pop("kind")
+            levels, codes, _ = arrays["codebooks"].shape
+            self = cls(levels, codes, **settings)
+            self.codebooks, self.mean, self.scale = arrays["codebooks"], arrays["mean"], arrays["scale"]
         return self
 
     def _require_fitted(self) -> None:

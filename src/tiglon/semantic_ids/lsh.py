@@ -88,8 +88,10 @@ class LSH:
     def load(cls, directory: Path) -> LSH:
         """What `save` wrote. Raises BundleDamagedError."""
         arrays, settings = storage.read(path_in(directory))
-        self = cls(settings["levels"], settings["codes"], seed=settings["seed"], centre=settings["centre"])
-        self.planes, self.mean, self.bit_entropy = arrays["planes"], arrays["mean"], arrays["bit_entropy"]
+        with storage.reading(path_in(directory)):
+            levels, codes = settings["levels"], settings["codes"]
+            self = cls(levels, codes, seed=settings["seed"], centre=settings["centre"])
+            self.planes, self.mean, self.bit_entropy = arrays["planes"], arrays["mean"], arrays["bit_entropy"]
         return self
 
     def _bits(self, points: np.ndarray) -> np.ndarray:

@@ -57,7 +57,8 @@ class RandomIds:
     def load(cls, directory: Path) -> RandomIds:
         """What `save` wrote. Raises BundleDamagedError."""
         _, settings = storage.read(path_in(directory))
-        return cls(settings["levels"], settings["codes"], seed=settings["seed"])
+        with storage.reading(path_in(directory)):
+            return cls(settings["levels"], settings["codes"], seed=settings["seed"])
 
     def _codes(self, hashes: np.ndarray) -> np.ndarray:
         """(N, L): each level mixes the hash with its own constant (the finaliser of SplitMix64)."""

@@ -202,11 +202,12 @@ class RQVAETokenizer:
     def load(cls, directory: Path) -> RQVAETokenizer:
         """What `save` wrote. Raises BundleDamagedError."""
         arrays, settings = storage.read(path_in(directory))
-        config = settings["config"]
-        self = cls(RQVAEConfig(**{**config, "hidden": tuple(config["hidden"])}))
-        self.mean, self.scale = arrays.pop("mean"), arrays.pop("scale")
-        self.model = RQVAE(self.config, len(self.mean))
-        self.model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
+        with storage.reading(path_in(directory)):
+            config = settings["config"]
+            self = cls(RQVAEConfig(**{**config, "hidden": tuple(config["hidden"])}))
+            self.mean, self.scale = arrays.pop("mean"), arrays.pop("scale")
+            self.model = RQVAE(self.config, len(self.mean))
+            self.model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
         return self
 
     def _fitted(self) -> RQVAE:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tiglon.errors import BundleDamagedError, StorageError
+from tiglon.errors import BundleDamagedError, BundleError, StorageError
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
@@ -26,11 +28,20 @@ def write(path: Path, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, settings) of a file that `write` made. Raises BundleDamagedError."""
+    with reading(path), safe_open(path, "numpy") as file:
+        settings = json.loads((file.metadata() or {})["settings"])
+        return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside, from a missing array to a wrong shape: BundleDamagedError about `path`."""
     try:
-        with safe_open(path, "numpy") as file:
-            settings = json.loads((file.metadata() or {})["settings"])
-            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        yield
+    except BundleError:
+        raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BundleDamagedError(
-            f"{path} cannot be read: {error}", fix="Copy the folder again, or make it anew"
+            f"{path} cannot be read: {type(error).__name__}: {error}",
+            fix="Copy the folder again, or make it anew",
         ) from error
