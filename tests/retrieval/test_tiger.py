@@ -409,6 +409,18 @@ def test_removed_new_items_do_not_join_and_late_ones_are_dropped():
     assert (tiger.with_unseen(updated, 0.0).item < N).all()
 
 
+def test_new_items_that_a_user_had_do_not_join():
+    tiger, found, _ = unseen_truth(np.random.default_rng(0))
+    joined = tiger.with_unseen(found, 1.0).item
+    user, place = np.argwhere(joined >= N)[0]
+    gone = int(joined[user, place])
+    had = Histories.of([np.array([0, gone] if b == user else [0]) for b in range(len(joined))])
+    without = tiger.with_unseen(found, 1.0, had).item
+    assert gone not in without[user]
+    assert set(joined[user][joined[user] >= N]) - {gone} <= set(without[user])
+    np.testing.assert_array_equal(np.delete(without, user, 0), np.delete(joined, user, 0))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_bad_share_is_told(tiger, share):
     with pytest.raises(ConfigError, match=rf"a share of {share}\. A share lies in 0 … 1"):

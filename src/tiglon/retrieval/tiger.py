@@ -293,15 +293,17 @@ class Tiger(Retriever):
         for name in ("_codes", "_paths", "_shares"):
             self.__dict__.pop(name, None)
 
-    def with_unseen(self, found: Candidates, share: float) -> Candidates:
+    def with_unseen(self, found: Candidates, share: float, histories: Histories | None = None) -> Candidates:
         """TIGER's rule for new items (§4.3): one whose codes, but for the collision digit, begin those of
         a generated item enters the list right after it; at most ⌊share · K⌋ of the K.
 
         found: what `retrieve` gave; items that came after training are dropped from it first.
+        histories: of the same users, whose items then do not join.
         """
         if not 0 <= share <= 1:
             raise ConfigError(f"a share of {share}", rule="A share lies in 0 … 1")
         users, k = found.item.shape
+        lives = None if histories is None else list(histories)
         room = int(share * k + 1e-9)
         item, score = np.full_like(found.item, MISSING), np.full_like(found.score, -np.inf)
         prefixes = self.ids.codes[:, :-1]
@@ -311,13 +313,14 @@ class Tiger(Retriever):
             under.setdefault(prefixes[i].tobytes(), []).append(int(i))
         for b in range(users):
             row: list[tuple[int, float]] = []
+            had = set() if lives is None else set(lives[b].tolist())
             added: set[int] = set()
             for i, s in zip(found.item[b], found.score[b], strict=True):
                 if i == MISSING or not self.trained[i]:
                     continue
                 row.append((int(i), float(s)))
                 for j in under.get(prefixes[i].tobytes(), ()):
-                    if len(added) < room and j not in added:
+                    if len(added) < room and j not in added and j not in had:
                         added.add(j)
                         row.append((j, float(s)))
             row = row[:k]
