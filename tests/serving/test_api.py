@@ -95,14 +95,14 @@ def test_what_was_shown_is_seen_by_the_next_request(server):
 def test_a_stranger_has_a_life_from_the_first_event_on(server):
     asked = {"user_id": "new here", "k": 5}
     assert server.post("/v1/recommend", asked)["degraded"]
-    server.post("/v1/events", {"events": [{"user_id": "new here", "item_id": 4, "timestamp": 1}]})
+    server.post("/v1/events", {"events": [{"user_id": "new here", "item_id": 4, "timestamp": 1_600_000_001}]})
     assert not any("unknown user" in tag for tag in server.post("/v1/recommend", asked)["degraded"])
     server.ask("DELETE", "/v1/users/new%20here")
     assert server.post("/v1/recommend", asked)["degraded"]
 
 
 def test_events_are_stored_once(server):
-    event = {"user_id": 950, "item_id": 1, "timestamp": 5, "event_id": "e-1"}
+    event = {"user_id": 950, "item_id": 1, "timestamp": 1_600_000_005, "event_id": "e-1"}
     sent = {"events": [event, event, {**event, "event_id": None}]}
     first, again = server.post("/v1/events", sent), server.post("/v1/events", sent)
     assert (first["accepted"], first["duplicates"]) == (2, 1)
@@ -111,7 +111,9 @@ def test_events_are_stored_once(server):
 
 def test_an_id_in_a_path_says_how_it_is_read(server):
     for user, item in [(960, 1), ("960", 2), ("-0", 3)]:
-        server.post("/v1/events", {"events": [{"user_id": user, "item_id": item, "timestamp": 1}]})
+        server.post(
+            "/v1/events", {"events": [{"user_id": user, "item_id": item, "timestamp": 1_600_000_001}]}
+        )
 
     def item_of(path):
         return [event["item_id"] for event in server.get(path)["events"]]
@@ -138,7 +140,7 @@ def test_a_forgotten_user_is_a_stranger(server):
 
 # -- requests that are wrong -----------------------------------------------------------------------------------
 
-EVENT = {"user_id": 970, "item_id": 1, "timestamp": 1}
+EVENT = {"user_id": 970, "item_id": 1, "timestamp": 1_600_000_001}
 
 
 @pytest.mark.parametrize(
@@ -589,7 +591,7 @@ def test_workers_swap_share_and_drain(served, until, bundle_path, later, tmp_pat
 def test_what_was_acknowledged_is_there_after_a_restart(bundle_path, working, tmp_path):
     kept = tmp_path / "state"
     with working(create_app(bundle_path, LmdbState(kept), Settings(changes=kept))) as client:
-        client.post("/v1/events", {"events": [{"user_id": "u", "item_id": 1, "timestamp": 1}]})
+        client.post("/v1/events", {"events": [{"user_id": "u", "item_id": 1, "timestamp": 1_600_000_001}]})
         client.post("/v1/items", {"add": [{"item_id": 1000, "title": "new"}], "remove": [2]})
     with (kept / "changes.jsonl").open("ab") as file:
         file.write(b'{"remove": [3]')  # cut short, never acknowledged

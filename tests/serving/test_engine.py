@@ -18,7 +18,7 @@ from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.recipes import ranking_schema
 from tiglon.retrieval.neighbours import CatalogueScorer
 from tiglon.serving.bundle import Bundle, require_same_log
-from tiglon.serving.engine import Engine
+from tiglon.serving.engine import Engine, _moments
 from tiglon.serving.funnel import gather, weigh
 from tiglon.serving.lifelong import Lifelong
 from tiglon.serving.messages import (
@@ -29,6 +29,8 @@ from tiglon.serving.messages import (
     SimilarRequest,
 )
 from tiglon.serving.state import LmdbState
+
+NOON = 1_600_000_000  # in the bundle's log
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ def test_a_store_that_is_down_leaves_what_the_bundle_holds(bundle, engine):
     assert answer.degraded == ["state down: only what the bundle holds was read"]
     assert ids(answer) == ids(ask(engine, user_id=3))
     with pytest.raises(StorageError):
-        tell(Engine(bundle, Down()), (3, 1, 5))
+        tell(Engine(bundle, Down()), (3, 1, NOON + 5))
 
 
 # -- events ------------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def test_an_event_that_the_bundle_holds_counts_once(live, bundle):
 
 
 def test_a_new_user_and_events_out_of_order(live):
-    tell(live, ("Ünal 买家", 7, 300), ("Ünal 买家", 5, 100), ("Ünal 买家", 6, 200))
+    tell(live, *(("Ünal 买家", item, NOON + item) for item in (7, 5, 6)))
     assert [e.item_id for e in live.user("Ünal 买家").events] == [5, 6, 7]
     answer = ask(live, user_id="Ünal 买家")
     assert answer.degraded == []
@@ -297,26 +299,44 @@ def test_a_new_user_and_events_out_of_order(live):
 
 def test_nothing_of_bad_events_is_stored(live):
     with pytest.raises(UnknownIdError) as error:
-        tell(live, (3, 1, 5), (3, "wibble", 6))
+        tell(live, (3, 1, NOON), (3, "wibble", NOON))
     assert str(error.value) == (
         "events[1] with the item 'wibble', which is not in the catalogue. An event is about an item of the "
         "catalogue; nothing of the request was stored. Add the item first, or leave the event out."
     )
     with pytest.raises(DataError, match=r"events\[0\] with the timestamp \d+, more than a day ahead"):
         tell(live, (3, 1, int(time.time()) + 10 * 86_400))
-    with pytest.raises(DataError, match="Send the time in the unit of the log"):
-        tell(live, (3, 1, int(time.time() * 1000)))
+    for coarser_or_before_all in (NOON // 1000, -1):
+        with pytest.raises(DataError, match=rf"{coarser_or_before_all}, long before there were logs"):
+            tell(live, (3, 1, coarser_or_before_all))
     assert live.state.life(3) is None
+
+
+@pytest.mark.parametrize(
+    ("power", "unit"), [(0, "seconds"), (3, "milliseconds"), (6, "microseconds"), (9, "nanoseconds")]
+)
+def test_the_time_of_an_event_is_in_the_unit_of_the_log(power, unit):
+    name, earliest, latest = _moments(np.array([10, NOON * 10**power]))
+    assert name == f"{unit} since 1970"
+    now = int(time.time())
+    for other in (0, 3, 6, 9):
+        assert (earliest <= now * 10**other <= latest) == (other == power)
+
+
+def test_a_log_that_counts_days_takes_what_comes_after():
+    name, earliest, latest = _moments(np.array([3, 400]))
+    assert name == "whole numbers from 0, 400 the newest"
+    assert (earliest, latest) == (0, 2**63 - 1)
 
 
 def test_a_forgotten_user_is_a_stranger(live, bundle):
     own = len(bundle.histories.before([3]).item)
-    tell(live, (3, 1, 10), (3, 2, 20))
+    tell(live, (3, 1, NOON), (3, 2, NOON + 1))
     assert live.forget(3).events == own + 2
     assert ask(live, user_id=3).degraded == ["unknown user: popularity"]
     assert not live.user(3).known
     assert live.forget(3).events == 0
-    tell(live, (3, 8, 30))
+    tell(live, (3, 8, NOON + 2))
     assert [e.item_id for e in live.user(3).events] == [8]
 
 
@@ -330,7 +350,7 @@ def test_a_users_life_is_told_whole(engine, bundle):
 
 
 def test_without_a_state_nothing_is_taken(engine):
-    for call in (lambda: tell(engine, (3, 1, 5)), lambda: engine.forget(3)):
+    for call in (lambda: tell(engine, (3, 1, NOON)), lambda: engine.forget(3)):
         with pytest.raises(ConfigError, match="no state to keep events in"):
             call()
 
@@ -566,7 +586,7 @@ def test_the_ranker_reads_new_events_new_items_and_strangers(bundle, ranker, tmp
     state = LmdbState(tmp_path / "state")
     engine = Engine(bundle, state, ranker=ranker)
     change(engine, [{"item_id": 900, "title": "new"}])
-    tell(engine, (3, 900, 10), ("new", 4, 20), ("new", 900, 30))
+    tell(engine, (3, 900, NOON), ("new", 4, NOON + 1), ("new", 900, NOON + 2))
     for request in ({"user_id": 3}, {"user_id": "new"}, {"history": [900, 4]}, {"user_id": "nobody"}):
         assert len(ask(engine, k=5, explain=True, **request).items) == 5
     engine.pace["ranker"] = 100.0

@@ -253,7 +253,7 @@ def test_a_name_that_leads_here_from_elsewhere_is_refused(server, host):
 
 
 def test_a_form_of_another_site_cannot_write(server):
-    body = b'{"events": [{"user_id": 900, "item_id": 1, "timestamp": 1}]}'
+    body = b'{"events": [{"user_id": 900, "item_id": 1, "timestamp": 1600000001}]}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         status, headers, content = server.ask("POST", "/v1/events", body, {"Content-Type": kind})
         assert (status, content["error"]) == (415, "no_json"), kind
@@ -326,7 +326,7 @@ def test_a_body_that_does_not_end_is_cut_off(server, until):
     ],
 )
 def test_an_id_is_a_name_whatever_it_looks_like(server, user):
-    event = {"user_id": user, "item_id": 1, "timestamp": 1}
+    event = {"user_id": user, "item_id": 1, "timestamp": 1_600_000_001}
     assert server.post("/v1/events", {"events": [event]})["accepted"] == 1
     path = f"/v1/users/{quote(user, safe='')}?id_type=string"
     found = server.get(path)

@@ -514,13 +514,14 @@ class Engine:
                     rule="An event is about an item of the catalogue; nothing of the request was stored",
                     fix="Add the item first, or leave the event out",
                 )
-        latest = _latest_allowed(now.bundle.histories.time)
+        unit, earliest, latest = _moments(now.bundle.histories.time)
         for place, event in enumerate(request.events):
-            if latest is not None and event.timestamp > latest:
+            if not earliest <= event.timestamp <= latest:
+                when = "more than a day ahead" if event.timestamp > latest else "long before there were logs"
                 raise DataError(
-                    f"events[{place}] with the timestamp {event.timestamp}, more than a day ahead",
+                    f"events[{place}] with the timestamp {event.timestamp}, {when}",
                     rule="An event has happened; nothing of the request was stored",
-                    fix="Send the time in the unit of the log that the bundle was trained on",
+                    fix=f"Send the time in the unit of the log that the bundle was trained on: {unit}",
                 )
         new = state.append(request.events)
         return EventsResponse(
@@ -741,10 +742,18 @@ def _together(lives: Sequence[Histories]) -> Histories:
     )
 
 
-def _latest_allowed(times: np.ndarray) -> int | None:
-    """A day from now in the unit of a log's times, where they look like Unix time in s, ms, µs or ns."""
+def _moments(times: np.ndarray) -> tuple[str, int, int]:
+    """(unit, earliest, latest) of what may be an event's time, by the times of the log.
+
+    Where the newest looks like Unix time, from 1985 until a day from now; else anything from 0 on.
+    """
     newest = int(times.max(initial=0))
-    for unit in (1, 10**3, 10**6, 10**9):
+    for name, unit in (
+        ("seconds", 1),
+        ("milliseconds", 10**3),
+        ("microseconds", 10**6),
+        ("nanoseconds", 10**9),
+    ):
         if 5 * 10**8 * unit <= newest < 5 * 10**9 * unit:
-            return int((time.time() + 86_400) * unit)
-    return None
+            return f"{name} since 1970", 5 * 10**8 * unit, int((time.time() + 86_400) * unit)
+    return f"whole numbers from 0, {newest} the newest", 0, 2**63 - 1

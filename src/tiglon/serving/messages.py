@@ -60,7 +60,9 @@ class Event(Message):
 
     user_id: AnyId
     item_id: AnyId
-    timestamp: Int64 = Field(description="in the unit of the log that the bundle was trained on")
+    timestamp: Int64 = Field(
+        description="in the unit of the log that the bundle was trained on; dates are microseconds since 1970"
+    )
     event_id: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="an event with the same event_id is stored once"
     )
