@@ -404,6 +404,22 @@ def test_items_that_the_table_lacks():
         align(log, items, unknown="ignore")
 
 
+def test_an_empty_table_lacks_every_item():
+    for empty in (
+        pl.DataFrame({"item_id": []}),
+        pl.DataFrame(schema={"item_id": pl.String, "title": pl.String}),
+    ):
+        for ids in ([3, 1], ["b", "a"]):
+            log = read_interactions(pl.DataFrame({"user_id": [1, 1], "item_id": ids, "timestamp": [1, 2]}))
+            found = align(log, read_items(empty))
+            assert found.items.vocabulary.raw.to_pylist() == sorted(ids)
+
+
+def test_a_second_column_of_ids_is_told():
+    with pytest.raises(SchemaError, match="a column 'item_id' beside 'sku', which holds the ids"):
+        read_items(pl.DataFrame({"sku": [1, 2], "item_id": [5, 5]}), item="sku")
+
+
 def test_dropping_items_drops_users_without_events():
     log = read_interactions(pl.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "timestamp": [0, 0]}))
     aligned = align(log, read_items(pl.DataFrame({"item_id": [2]})), unknown="drop")

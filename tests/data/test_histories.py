@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -176,6 +178,88 @@ def test_string_ids_and_datetimes_stream_too(tmp_path):
     table.write_parquet(tmp_path / "log.parquet")
     streamed = build_from_parquet(tmp_path / "log.parquet", tmp_path / "store")
     assert_same(streamed, HistoryStore.build(read_interactions(table)))
+
+
+@pytest.mark.parametrize("text", [pl.String, pl.Categorical, pl.Enum([f"u{29 - i}" for i in range(30)])])
+def test_files_may_hold_a_column_as_other_types(tmp_path, text):
+    table = table_of(random_rows(90)).with_columns(
+        user_id=pl.format("u{}", "user_id"), sold=pl.col("item_id") > 3
+    )
+    kinds = [
+        {"user_id": text, "item_id": pl.Int32, "price": pl.Int64, "sold": pl.Boolean},
+        {"user_id": pl.String, "item_id": pl.Int64, "price": pl.Float32, "sold": pl.Int8},
+        {"user_id": text, "item_id": pl.UInt64, "price": pl.Float64, "sold": pl.UInt8},
+    ]
+    paths = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for number, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
+        table[30 * number : 30 * number + 30].cast(kind).write_parquet(path)
+    one = table.cast({"price": pl.Float64, "sold": pl.Int16})
+    expected = HistoryStore.build(read_interactions(one), ["price", "sold"])
+    assert_same(build_from_parquet(paths, tmp_path / "store", features=["price", "sold"]), expected)
+    turned = build_from_parquet(paths[::-1], tmp_path / "store", features=["price"])
+    assert sorted(turned.features["price"].tolist()) == list(range(90))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"user_id": pl.String},
+            r"column 'user_id' holds strings in .*b\.parquet and integers in .*a\.parquet",
+        ),
+        ({"timestamp": pl.Datetime}, r"column 'timestamp' holds times in .*b\.parquet and integers in"),
+        ({"price": None}, r"b\.parquet: no column 'price'"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_told(tmp_path, change, message):
+    table = table_of(random_rows(20))
+    table.write_parquet(tmp_path / "a.parquet")
+    other = table.drop(change) if None in change.values() else table.cast(change)
+    other.write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(SchemaError, match=message):
+        build_from_parquet(
+            [tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "store", features=["price"]
+        )
+    assert not (tmp_path / "store").exists()
+
+
+def test_only_a_store_is_replaced_by_a_store(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    table_of(random_rows(20)).write_parquet(own / "log.parquet")
+    with pytest.raises(ConfigError, match=r"the folder .*own, which holds files but no histories\.json"):
+        build_from_parquet(own / "log.parquet", own)
+    store = build_from_parquet(own / "log.parquet", tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"log\.parquet, which is a file"):
+        store.save(own / "log.parquet")
+    assert [path.name for path in own.iterdir()] == ["log.parquet"]
+    store.save(tmp_path / "store")
+
+
+def test_what_stood_there_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    store = HistoryStore.build(read_interactions(table_of(random_rows(20))))
+    monkeypatch.chdir(tmp_path)
+    store.save("store")
+    real = os.replace
+
+    def refuse_the_new(source, target):
+        if Path(target).name == "store" and Path(source).name != "old":
+            raise OSError(errno.EIO, "the disk")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_the_new)
+    with pytest.raises(StorageError, match="Nothing was changed there"):
+        store.save("store")
+    assert_same(HistoryStore.load("store"), store)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_the_working_folder_can_be_replaced(tmp_path, monkeypatch):
+    store = HistoryStore.build(read_interactions(table_of(random_rows(20))))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store.save(".")
+    assert_same(HistoryStore.load(tmp_path / "here"), store)
 
 
 def test_bad_logs_leave_nothing(tmp_path):

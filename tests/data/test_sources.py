@@ -11,6 +11,7 @@ import zipfile
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from tiglon.data.events import read_interactions, read_items
 from tiglon.data.sources import (
@@ -205,6 +206,12 @@ def test_kuairand(tmp_path):
     assert source.items["tag"].to_list() == ["12", "3,8"]
     with pytest.raises(DataError, match=r"no video_features_basic_\*\.csv in"):
         kuairand(data.parent.parent)
+    (tmp_path / "raw").mkdir()
+    data.rename(tmp_path / "raw" / "KuaiRand-27K")
+    SOURCES["kuairand-27k"].save(tmp_path / "raw", tmp_path / "tables")  # never in memory as a whole
+    written = tables(tmp_path / "tables")
+    assert_frame_equal(written.interactions.sort("timestamp"), log)
+    assert_frame_equal(written.items, source.items)
 
 
 # -- RecBole -----------------------------------------------------------------------------------------------

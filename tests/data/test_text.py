@@ -12,7 +12,15 @@ import polars as pl
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, encode_items, render, text_columns
+from tiglon.data.text import (
+    SentenceTransformer,
+    TfidfSvd,
+    VectorColumn,
+    encode_items,
+    render,
+    template_of,
+    text_columns,
+)
 from tiglon.errors import (
     BundleDamagedError,
     ConfigError,
@@ -97,6 +105,15 @@ def test_without_a_template_all_columns_of_text_are_taken_in_order(shop: Items) 
     assert render(items_of(price=[1, 2])) == ["", ""]
     nested = items_of(tags=[[["a", "b"], ["c"]], []])
     assert render(nested) == ["a, b, c", ""]
+
+
+def test_a_column_may_have_any_name_without_braces() -> None:
+    table = items_of(**{"og:title": ["Soap"], "wow!": ["good"], "": ["x"], "a b": ["y"]})
+    assert render(table) == ["Soap. good. x. y"]
+    assert render(table, template_of(text_columns(table))) == render(table)
+    assert render(table, "{wow!}: {og:title}") == ["good: Soap"]
+    with pytest.raises(SchemaError, match=r"named 'size \{cm\}'. Its name has no braces. Rename it"):
+        render(items_of(**{"size {cm}": ["3"]}))
 
 
 def test_a_string_id_is_no_text() -> None:

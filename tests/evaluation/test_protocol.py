@@ -68,7 +68,7 @@ def test_users_without_truth_are_left_out_and_counted():
     asked = targets([[0], [1], [2], [3]], [[5], [], [6, 7], []])
     found = evaluate(Fixed(SCORES), asked, ks=[N])
     assert found.users.tolist() == [100, 102]
-    assert found.skipped == 2
+    assert found.skipped == to_json([found], "test")["skipped"] == 2
     assert found.metrics[f"recall@{N}"] == 1
     alone = evaluate(Fixed(SCORES), targets([[0], [2]], [[5], [6, 7]]), ks=[N])
     assert alone.metrics == found.metrics
@@ -204,7 +204,7 @@ def test_json_has_the_stated_form():
     asked = random_targets(30)
     counts = np.arange(N) * 0 + 1
     found = to_json([evaluate(Fixed(SCORES), asked, popularity=counts)], split="test")
-    assert list(found) == ["split", "users", "rows", "lead"]
+    assert list(found) == ["split", "users", "skipped", "rows", "lead"]
     assert found["lead"] is None  # of whom?
     assert (found["split"], found["users"]) == ("test", 30)
     (row,) = found["rows"]

@@ -53,6 +53,16 @@ def histories_of(lives, times):
 # -- history -----------------------------------------------------------------------------------------------
 
 
+def test_a_weight_that_underflows_counts_as_nothing():
+    items = catalogue(title=[" ".join(f"w{(i + j) % 30}" for j in range(4)) for i in range(30)])
+    life = np.random.default_rng(0).integers(0, 30, 3000)
+    log = log_of([life], 30)
+    for n in (700, 3000):  # .75^age is 0 in float32 from an age of 362 on
+        many = TextNeighbours(TextConfig(last=n)).fit(log, items).score(Histories.of([life]))
+        few = TextNeighbours(TextConfig(last=360)).fit(log, items).score(Histories.of([life]))
+        np.testing.assert_allclose(many, few, rtol=1e-5)
+
+
 def test_age_counts_later_moments_not_later_events():
     histories = histories_of([[0, 1, 2, 3], [], [4], [5, 6]], [[1, 5, 5, 9], [], [9], [9, 9]])
     assert histories.moments_ago.tolist() == [2, 1, 1, 0, 0, 0, 0]

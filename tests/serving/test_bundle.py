@@ -163,8 +163,9 @@ def test_ids_typed_on_a_command_line_take_the_vocabularys_type():
 def test_evaluating_again_gives_the_metrics_of_the_training(bundle):
     asked = []
     rows = bundle.evaluate(progress=lambda name, done, users: asked.append((name, done / users)))
-    stored = {key: bundle.metrics[key] for key in ("split", "users", "rows", "lead")}
+    stored = {key: bundle.metrics[key] for key in ("split", "users", "skipped", "rows", "lead")}
     assert to_json(rows, "test") == stored
+    assert stored["users"] + stored["skipped"] == len(bundle.histories)
     assert asked[-1] == ("funnel", 1.0)
 
 

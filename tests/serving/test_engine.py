@@ -645,6 +645,7 @@ def test_a_ranker_weighs_what_the_validation_gives_it(bundle, ranker):
     names = [row["name"] for row in whole.metrics["rows"]]
     assert names == [row["name"] for row in bundle.metrics["rows"]]
     assert whole.metrics["rows"][:-1] == bundle.metrics["rows"][:-1]
+    assert whole.metrics["lead"] is None  # it was that of the funnel without a ranker
     again = evaluate(whole.funnel(True), leave_last_out(bundle.log()).test)
     assert whole.metrics["rows"][-1]["ndcg@10"] == pytest.approx(again.metrics["ndcg@10"])
 

@@ -467,6 +467,12 @@ def read_items(source: Table, *, item: str = "item_id") -> Items:
     """
     table = read_table(source, ids=(item,))
     require_columns(table.columns, [item])
+    if item != "item_id" and "item_id" in table.columns:
+        raise SchemaError(
+            f"a column 'item_id' beside '{item}', which holds the ids",
+            rule="The column of ids becomes 'item_id'",
+            fix="Drop or rename the other",
+        )
     ids = clean_ids(table[item]).alias("item_id")
     repeated = ids.filter(ids.is_duplicated())
     if len(repeated):
@@ -508,7 +514,8 @@ def align(
         )
     if len(absent) and unknown == "add":
         missing = pl.DataFrame({"item_id": absent})
-        table = pl.concat([items.table, missing], how="diagonal").sort("item_id")
+        known = items.table.cast({"item_id": absent.dtype})  # an empty table's may be of another type
+        table = pl.concat([known, missing], how="diagonal").sort("item_id")
         items = Items(Vocabulary(table["item_id"]), table)
     dense = items.vocabulary.encode(raw)[interactions.item]
     keep = dense != MISSING

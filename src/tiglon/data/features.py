@@ -529,7 +529,7 @@ class FittedFeatures:
         table = (
             pl.concat(frames) if frames else pl.DataFrame(schema={"feature": pl.String, "value": pl.String})
         )
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "features.json") as aside:
             (aside / "features.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             table.write_parquet(aside / "categories.parquet")
             for c, cross in enumerate(crosses.values()):

@@ -14,16 +14,19 @@ from typing import Any
 from polars.exceptions import PolarsError
 from safetensors import SafetensorError
 
-from tiglon.errors import BundleDamagedError, BundleError, BundleVersionError, StorageError
+from tiglon.errors import BundleDamagedError, BundleError, BundleVersionError, ConfigError, StorageError
 
 
 @contextlib.contextmanager
-def written_aside(directory: Path) -> Iterator[Path]:
+def written_aside(directory: Path, mark: str) -> Iterator[Path]:
     """A new empty folder that takes the place of `directory` when the block ends well, and vanishes otherwise.
 
-    Raises StorageError where the disk refuses.
+    mark: a file that every folder of this kind holds; one without it is not replaced unless it is empty.
+    Raises ConfigError for what must not be replaced, StorageError where the disk refuses.
     """
+    directory = Path(os.path.abspath(directory))  # "." has no name
     try:
+        _require_replaceable(directory, mark)
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
@@ -34,7 +37,12 @@ def written_aside(directory: Path) -> Iterator[Path]:
         if directory.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
             os.replace(directory, old / "old")
-            os.replace(aside, directory)
+            try:
+                os.replace(aside, directory)
+            except OSError:
+                os.replace(old / "old", directory)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             os.replace(aside, directory)
@@ -42,6 +50,20 @@ def written_aside(directory: Path) -> Iterator[Path]:
         raise _refused(directory, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_replaceable(directory: Path, mark: str) -> None:
+    if directory.is_dir():
+        if (directory / mark).is_file() or not any(directory.iterdir()):
+            return
+        what = f"the folder {directory}, which holds files but no {mark}"
+    elif directory.exists():
+        what = f"{directory}, which is a file"
+    else:
+        return
+    raise ConfigError(
+        what, rule="Only an empty folder or one of the same kind is replaced", fix="Choose another path"
+    )
 
 
 def _refused(directory: Path, error: OSError) -> StorageError:

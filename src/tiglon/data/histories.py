@@ -137,7 +137,7 @@ class HistoryStore:
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing. Raises StorageError."""
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "histories.json") as aside:
             np.save(aside / "item.npy", self.item)
             np.save(aside / "time.npy", self.time)
             for index, column in enumerate(self.features.values()):
@@ -219,7 +219,8 @@ def build_from_parquet(
 ) -> HistoryStore:
     """Write the history store of a log of any size into `out_dir`, and map it.
 
-    The rules are those of `tiglon.data.events`, the result that of `HistoryStore.build`. In memory at once:
+    The rules are those of `tiglon.data.events`, the result that of `HistoryStore.build`; files may hold a feature
+    as other types of number, which become the one that holds them all. In memory at once:
     the vocabularies, one batch of 2^20 lines, one bucket of about two million events (more where a single
     user has more). On disk meanwhile: one copy of the events. Raises SchemaError, DataError, StorageError.
     """
@@ -227,28 +228,58 @@ def build_from_parquet(
     for path in files:
         if not path.is_file():
             raise DataError(f"no file at {path}", fix="Check the path")
-    log = pl.scan_parquet(files, glob=False)
-    require_columns(log.collect_schema().names(), [user, item, time, *features])
-    users, lengths = _count(log, user)
-    items, _ = _count(log, item)
+    kinds = _feature_types(files, (user, item, time), features)
+    users, lengths = _count(files, user)
+    items, _ = _count(files, item)
     if not len(users):
         raise DataError("a log without events", rule="A log has at least one line")
-    with written_aside(Path(out_dir)) as aside:
-        buckets, dtype = _deal(files, (user, item, time, *features), users, items, lengths, aside)
+    with written_aside(Path(out_dir), "histories.json") as aside:
+        buckets, dtype = _deal(files, (user, item, time, *features), kinds, users, items, lengths, aside)
         lengths = _gather(buckets, dtype, len(users), aside)
         _save_frame(aside, users, items, lengths, list(features))
     return HistoryStore.load(out_dir)
 
 
-def _count(log: pl.LazyFrame, name: str) -> tuple[Vocabulary, np.ndarray]:
+def _feature_types(files: Sequence[Path], core: tuple[str, ...], features: Sequence[str]) -> list[np.dtype]:
+    """The type of each feature that holds it in every file. Raises SchemaError where files do not fit together."""
+    found: list[list[np.dtype]] = [[] for _ in features]
+    first: dict[str, str] = {}
+    for path in files:
+        schema = pl.read_parquet_schema(path)
+        try:
+            require_columns(list(schema), [*core, *features])
+        except SchemaError as error:
+            raise SchemaError(f"{path}: {error.given}", rule=error.rule, fix=error.fix) from error
+        for name in core:
+            kind = schema[name]
+            kind_of = "integers" if kind.is_integer() else "times" if kind.is_temporal() else "strings"
+            if first.setdefault(name, kind_of) != kind_of:
+                raise SchemaError(
+                    f"column '{name}' holds {kind_of} in {path} and {first[name]} in {files[0]}",
+                    rule="All files of a log hold a column as one type",
+                    fix="Cast it in one of them",
+                )
+        for types, name in zip(found, features, strict=True):
+            types.append(_numbers(pl.Series(name, [], schema[name])).dtype)
+    return [np.result_type(*types) for types in found]
+
+
+def _count(files: Sequence[Path], name: str) -> tuple[Vocabulary, np.ndarray]:
     """The distinct ids of a column, sorted, and (n,) how often each occurs."""
-    counted = log.group_by(name).len().collect(engine="streaming").sort(name)
-    return Vocabulary(clean_ids(counted[name])), counted["len"].to_numpy()
+    total = None
+    for path in files:
+        counted = pl.scan_parquet(path, glob=False).group_by(name).len().collect(engine="streaming")
+        counted = counted.select(clean_ids(counted[name]), pl.col("len").cast(pl.Int64))
+        total = counted if total is None else pl.concat([total, counted]).group_by(name).sum()
+    assert total is not None
+    total = total.sort(name)
+    return Vocabulary(total[name]), total["len"].to_numpy()
 
 
 def _deal(
     files: Sequence[Path],
     columns: Sequence[str],
+    kinds: Sequence[np.dtype],
     users: Vocabulary,
     items: Vocabulary,
     lengths: np.ndarray,
@@ -263,7 +294,8 @@ def _deal(
         writers = [stack.enter_context(bucket.open("wb", buffering=0)) for bucket in buckets]
         for path in files:
             for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=list(columns)):
-                records = _records(pl.DataFrame(pl.from_arrow(batch)).select(columns), users, items)
+                frame = pl.DataFrame(pl.from_arrow(batch)).select(columns)
+                records = _records(frame, kinds, users, items)
                 bucket = bucket_of_user[records["user"]]
                 order = np.argsort(bucket, kind="stable")
                 bounds = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
@@ -273,14 +305,19 @@ def _deal(
     return buckets, records.dtype
 
 
-def _records(frame: pl.DataFrame, users: Vocabulary, items: Vocabulary) -> np.ndarray:
-    """Raw columns (user, item, time, features …) → (n,) records with dense ids."""
+def _records(
+    frame: pl.DataFrame, kinds: Sequence[np.dtype], users: Vocabulary, items: Vocabulary
+) -> np.ndarray:
+    """Raw columns (user, item, time, features …) → (n,) records with dense ids, the features as `kinds`."""
     user, item, time, *features = frame.get_columns()
     columns = {
         "user": users.encode(clean_ids(user)).astype(np.int32),
         "item": items.encode(clean_ids(item)).astype(np.int32),
         "time": clean_times(time).to_numpy(),
-    } | {f"feature_{index}": _numbers(column) for index, column in enumerate(features)}
+    } | {
+        f"feature_{index}": _numbers(column).astype(kind, copy=False)
+        for index, (column, kind) in enumerate(zip(features, kinds, strict=True))
+    }
     records = np.empty(len(frame), np.dtype([(name, column.dtype) for name, column in columns.items()]))
     for name, column in columns.items():
         records[name] = column

@@ -51,7 +51,7 @@ def tables(folder: str | Path) -> Source:
 
 def save_tables(source: Source, folder: str | Path) -> None:
     """Write interactions.parquet and items.parquet, both or neither. Raises StorageError."""
-    with written_aside(Path(folder)) as aside:
+    with written_aside(Path(folder), "interactions.parquet") as aside:
         source.interactions.write_parquet(aside / "interactions.parquet")
         source.items.write_parquet(aside / "items.parquet")
         if source.note:
@@ -237,12 +237,16 @@ def kuairand(folder: str | Path) -> Source:
 
     timestamp: milliseconds. The feedback signals become label_click, label_like, …; play_time_ms,
     duration_ms, tab, is_rand (a randomly exposed video) and the rest keep their names. `label_click` can
-    mean "played longer than 7 s": never feed the target's own play_time_ms. For 27K (322 M events) use
-    `kuairand_log(folder).sink_parquet(path)` and `tiglon.data.histories.build_from_parquet`.
+    mean "played longer than 7 s": never feed the target's own play_time_ms. 27K (322 M events) is written as
+    tables unread (`Remote.save`), and `tiglon.data.histories.build_from_parquet` goes on from there.
     """
-    features = _kuairand_files(Path(folder), "video_features_basic_*.csv")
-    items = pl.concat([read_table(path) for path in features]).rename({"video_id": "item_id"})
+    items = _videos(Path(folder))
     return Source(kuairand_log(folder).collect(), items, SOURCES["kuairand-pure"].terms)
+
+
+def _videos(folder: Path) -> pl.DataFrame:
+    features = _kuairand_files(folder, "video_features_basic_*.csv")
+    return pl.concat([read_table(path) for path in features]).rename({"video_id": "item_id"})
 
 
 def kuairand_log(folder: str | Path) -> pl.LazyFrame:
@@ -342,6 +346,17 @@ class Remote:
     files: tuple[RemoteFile, ...]
     terms: str
     read: Callable[[Path], Source]
+    stream: Callable[[Path], tuple[pl.LazyFrame, pl.DataFrame]] | None = None  # the log larger than memory
+
+    def save(self, raw: Path, folder: Path) -> None:
+        """Read what was fetched into `raw`, and write it as two tables. Raises StorageError."""
+        if self.stream is None:
+            save_tables(self.read(raw), folder)
+            return
+        with written_aside(folder, "interactions.parquet") as aside:
+            log, items = self.stream(raw)
+            log.sink_parquet(aside / "interactions.parquet")
+            items.write_parquet(aside / "items.parquet")
 
 
 def _amazon(category: str) -> Remote:
@@ -365,11 +380,15 @@ def _movielens_remote(name: str, inside: str, size: str, md5: str) -> Remote:
     )
 
 
-def _kuairand_remote(version: str, size: str) -> Remote:
+def _kuairand_remote(version: str, size: str, *, stream: bool = False) -> Remote:
+    def folder_of(raw: Path) -> Path:
+        return raw / f"KuaiRand-{version}"
+
     return Remote(
         files=(RemoteFile(f"https://zenodo.org/records/10439422/files/KuaiRand-{version}.tar.gz", size),),
         terms="KuaiRand (Gao et al. 2022): CC BY-SA 4.0.",
-        read=lambda folder: kuairand(folder / f"KuaiRand-{version}"),
+        read=lambda raw: kuairand(folder_of(raw)),
+        stream=(lambda raw: (kuairand_log(folder_of(raw)), _videos(folder_of(raw)))) if stream else None,
     )
 
 
@@ -384,7 +403,7 @@ SOURCES: Mapping[str, Remote] = {
     "ml-25m": _movielens_remote("ml-25m", "ml-25m", "250 MB", "6b51fb2759a8657d3bfcbfc42b592ada"),
     "kuairand-pure": _kuairand_remote("Pure", "45 MB"),
     "kuairand-1k": _kuairand_remote("1K", "1 GB"),
-    "kuairand-27k": _kuairand_remote("27K", "9.2 GB"),
+    "kuairand-27k": _kuairand_remote("27K", "9.2 GB", stream=True),
 }
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,6 +232,8 @@ class VectorColumn:
         return ItemVectors(flat.reshape(len(items), -1), self.name)
 
 
+_COLUMN = re.compile(r"\{([^{}]*)\}")  # in a template
+_FORMAT = re.compile("[:!]")
 # Names and endings of columns of identifiers.
 _NOT_TEXT = ("asin", "url", "uri", "link", "image", "img", "isbn", "sku", "ean", "upc", "lexical_id")
 
@@ -280,35 +281,37 @@ def render(items: Items, template: str | None = None) -> list[str]:
     """
     table = items.table
     if template is None:
-        columns = [c for c, kind in table.schema.items() if c != "item_id" and _is_text(kind)]
-        template = ". ".join(f"{{{column}}}" for column in columns)
+        template = template_of([c for c, kind in table.schema.items() if c != "item_id" and _is_text(kind)])
     parts: list[pl.Expr] = []
-    begun, tail = pl.lit(False), ""  # has a column already said something?
-    try:
-        for literal, column, form, conversion in string.Formatter().parse(template):
-            if column is None:
-                tail = literal
-                continue
-            if form or conversion or not column:
-                raise ConfigError("more than a column's name in braces")
-            _require_column(items, column)
-            value = _as_text(pl.col(column), table.schema[column])
-            present = (value.str.len_bytes() > 0).fill_null(False)
-            opening = literal.lstrip(" .,;:|/-") if parts else literal
-            parts.append(
-                pl.when(present).then(pl.when(begun).then(pl.lit(literal)).otherwise(pl.lit(opening)) + value)
-            )
-            begun = begun | present
-    except (ValueError, ConfigError) as error:
-        if isinstance(error, SchemaError):
-            raise
-        raise ConfigError(
-            f"the template {template!r}: {error}", rule='Columns stand in braces, as in "{title}. {brand}"'
-        ) from error
+    begun = pl.lit(False)  # has a column already said something?
+    *said, tail = _COLUMN.split(template)  # words, column, words, column, …, words
+    for literal, column in zip(said[::2], said[1::2], strict=True):
+        _require_plain(literal, template)
+        if column not in table.columns and (not column or _FORMAT.search(column)):
+            _require_plain("{" + column, template)
+        _require_column(items, column)
+        value = _as_text(pl.col(column), table.schema[column])
+        present = (value.str.len_bytes() > 0).fill_null(False)
+        opening = literal.lstrip(" .,;:|/-") if parts else literal
+        parts.append(
+            pl.when(present).then(pl.when(begun).then(pl.lit(literal)).otherwise(pl.lit(opening)) + value)
+        )
+        begun = begun | present
+    _require_plain(tail, template)
     if not parts:
         return [template] * len(items)
     text = pl.when(begun).then(pl.concat_str([*parts, pl.lit(tail)], ignore_nulls=True)).otherwise(pl.lit(""))
     return table.select(text.alias("text"))["text"].to_list()
+
+
+def template_of(columns: Sequence[str]) -> str:
+    """All columns, a sentence each: "{title}. {brand}". Raises SchemaError for a name that no template can hold."""
+    for column in columns:
+        if "{" in column or "}" in column:
+            raise SchemaError(
+                f"a column of words named '{column}'", rule="Its name has no braces", fix="Rename it"
+            )
+    return ". ".join(f"{{{column}}}" for column in columns)
 
 
 def encode_items(
@@ -381,6 +384,13 @@ def _as_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
         inner = _as_text(pl.element(), kind.inner)  # type: ignore[arg-type]
         return value.list.eval(inner).list.join(", ", ignore_nulls=True)
     return value.cast(pl.String).str.strip_chars()
+
+
+def _require_plain(words: str, template: str) -> None:
+    if "{" in words or "}" in words:
+        raise ConfigError(
+            f"the template {template!r}", rule='Columns stand in braces, as in "{title}. {brand}"'
+        )
 
 
 def _require_column(items: Items, column: str) -> None:

@@ -56,7 +56,7 @@ class Evaluation:
         recall@10[head] by popularity bin).
     intervals: 95% bootstrap intervals of those that are means over users.
     per_user: their values (B,), in the order of `users`, so that two retrievers can be paired.
-    skipped: users without truth, who count nowhere.
+    skipped: users without truth, who count in no mean.
     """
 
     name: str
@@ -198,14 +198,21 @@ def table(
 
 
 def to_json(evaluations: Sequence[Evaluation], split: str) -> dict[str, Any]:
-    """{"split": …, "users": …, "rows": [{"name": …, "exclude_seen": …, "recall@10": …, …}], "lead": …}; null for NaN."""
+    """{"split": …, "users": …, "skipped": …, "rows": [{"name": …, "exclude_seen": …, "recall@10": …, …}], "lead": …}; null for NaN."""
     _require_same_users(evaluations)
     rows = [
         {"name": e.name, "exclude_seen": e.exclude_seen}
         | {name: None if math.isnan(value) else value for name, value in e.metrics.items()}
         for e in evaluations
     ]
-    return {"split": split, "users": len(evaluations[0].users), "rows": rows, "lead": lead(evaluations)}
+    first = evaluations[0]
+    return {
+        "split": split,
+        "users": len(first.users),
+        "skipped": first.skipped,
+        "rows": rows,
+        "lead": lead(evaluations),
+    }
 
 
 # -- inside ------------------------------------------------------------------------------------------------

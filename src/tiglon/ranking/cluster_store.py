@@ -414,7 +414,7 @@ class ClusterStore:
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing; the raw histories are not in it. Raises StorageError."""
         about = {"format": FORMAT, "settings": _plain(self.settings), "features": list(self.virtual.features)}
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "clusters.json") as aside:
             self.virtual.save(aside / "virtual")
             np.save(aside / "member.npy", self.member)
             np.save(aside / "counted.npy", self.counted)

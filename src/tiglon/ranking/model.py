@@ -451,7 +451,7 @@ class LifelongRanker:
 
         Raises StorageError.
         """
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "ranker.json") as aside:
             for name, task in (requests or {}).items():
                 _write_requests(task, aside / "requests" / name)
             save_file(self.network.state_dict(), aside / "network.safetensors")

@@ -275,7 +275,7 @@ class DenseRetriever(Retriever):
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing; `log` is not part of it. Raises StorageError."""
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "retriever.json") as aside:
             about = {"format": FORMAT, "kind": type(self).__name__, "config": asdict(self.config)}
             (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
             pq.write_table(pa.table({"item_id": self.items.raw}), aside / "items.parquet")

@@ -509,7 +509,7 @@ class Eager(Retriever):
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing; the tasks and `log` are not part of it. Raises StorageError."""
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "retriever.json") as aside:
             about = {
                 "format": FORMAT,
                 "kind": "Eager",

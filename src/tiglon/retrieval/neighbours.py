@@ -165,7 +165,7 @@ class CatalogueScorer(Retriever):
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing; `log` is not part of it. Raises StorageError."""
         self._require_fitted()
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "retriever.json") as aside:
             about = {"format": FORMAT, "kind": type(self).__name__, "config": self._settings()}
             (aside / "retriever.json").write_text(json.dumps(about), encoding="utf-8")
             pq.write_table(pa.table({"item_id": self.items.raw}), aside / "items.parquet")
@@ -575,11 +575,13 @@ def _add_through(
         n = 0
         for p in range(start[row], start[row + 1]):
             for q in range(first.start[item[p]], first.start[item[p] + 1]):
-                term = first.column[q]
+                term, value = first.column[q], weight[p] * first.value[q]
+                if value == 0:  # of an age whose weight underflows: it would touch the term again and again
+                    continue
                 if middle[term] == 0:
                     touched[n] = term
                     n += 1
-                middle[term] += weight[p] * first.value[q]
+                middle[term] += value
         for term in touched[:n]:
             for q in range(then.start[term], then.start[term + 1]):
                 out[row, then.column[q]] += middle[term] * then.value[q]

@@ -332,7 +332,7 @@ class Tiger(Retriever):
 
     def save(self, directory: str | Path) -> None:
         """Write the folder, all of it or nothing; `log` is not part of it. Raises StorageError."""
-        with written_aside(Path(directory)) as aside:
+        with written_aside(Path(directory), "retriever.json") as aside:
             kind = "paper" if isinstance(self.config.model, PaperConfig) else "causal"
             about = {"format": FORMAT, "kind": "Tiger", "network": kind, "config": asdict(self.config)}
             about["fitted_items"] = self.fitted_items  # those after them arrived later

@@ -333,7 +333,7 @@ class Bundle:
         )
         (row,) = to_json([tested], "test")["rows"]
         rows = [old for old in self.metrics.get("rows", []) if old["name"] != funnel.name]
-        return replace(bundle, metrics={**self.metrics, "rows": [*rows, row]})
+        return replace(bundle, metrics={**self.metrics, "rows": [*rows, row], "lead": None})
 
     def evaluate(
         self,
@@ -366,7 +366,8 @@ class Bundle:
                 if progress is not None:
                     progress(name, done, users)
 
-            rows.append(evaluate(retriever, targets, exclude_seen=mask, popularity=counts, progress=tell))
+            found = evaluate(retriever, targets, exclude_seen=mask, popularity=counts, progress=tell)
+            rows.append(replace(found, skipped=found.skipped + parts.skipped))
         return rows
 
     def log(self) -> Interactions:
@@ -420,7 +421,7 @@ class Bundle:
         path = Path(path)
         require_free(path, overwrite=True)
         try:
-            with written_aside(path) as aside:
+            with written_aside(path, "manifest.json") as aside:
                 self._write(aside)
                 _write_manifest(aside, self._about())
         except StorageError:
