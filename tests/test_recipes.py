@@ -157,16 +157,16 @@ def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_t
 
 def test_where_users_repeat_themselves_seen_items_stay(tiny, tmp_path):
     log = pl.DataFrame(
-        {"user_id": np.repeat(np.arange(20), 6), "item_id": np.tile([1, 2, 1, 2, 3, 1], 20)}
+        {"user_id": np.repeat(np.arange(20), 6), "item_id": np.tile([1, 2, 1, 2, 3, 4], 20)}
     ).with_columns(timestamp=pl.int_range(pl.len()))
     listener = Listener()
-    items = pl.DataFrame({"item_id": [1, 2, 3], "title": ["tea", "milk", "bread"]})
+    items = pl.DataFrame({"item_id": [1, 2, 3, 4], "title": ["tea", "milk", "bread", "jam"]})
     bundle = train(log, items, tmp_path / "out", changes=tiny, reporter=listener)
-    assert (
+    assert (  # of the moments to learn from, not of those to test on
         "50% of the events repeat an item of the same user: seen items stay in the ranking" in listener.lines
     )
     assert bundle.exclude_seen is False
-    assert {r.item_id for r in bundle.recommend([0], 10)[0]} == {1, 2, 3}
+    assert {r.item_id for r in bundle.recommend([0], 10)[0]} == {1, 2, 3, 4}
     assert "repeats" in [row["name"] for row in bundle.metrics["rows"]]
 
 

@@ -98,11 +98,11 @@ def data_get(
     out: Annotated[Path | None, typer.Option(help="Folder; by default the name.")] = None,
 ) -> None:
     """Fetch a public set, showing size, terms and checksum, and write it as two tables."""
-    from tiglon.data.sources import SOURCES, fetch, save_tables
+    from tiglon.data.sources import SOURCES, fetch
 
     folder = out or Path(name)
     raw = fetch(name, folder / "raw", echo=_say)
-    save_tables(SOURCES[name].read(raw), folder / "tables")
+    SOURCES[name].save(raw, folder / "tables")
     tables = quote(str(folder / "tables"))
     _say(
         f"Written. Go on: tiglon train --interactions {tables}/interactions.parquet "

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import types
@@ -43,7 +44,7 @@ from tiglon.data.ranking import (
     next_basket,
 )
 from tiglon.data.split import leave_last_out, moment_starts
-from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render, text_columns
+from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render, template_of, text_columns
 from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
 from tiglon.evaluation.protocol import to_json
 from tiglon.evaluation.ranking import RankingEvaluation
@@ -402,7 +403,7 @@ def train(
     settings = override(recipe(len(split.train), len(catalogue)), changes or {})
     if minutes is not None:
         settings = in_minutes(settings, minutes)
-    settings = _mask_rule(settings, log, reporter)
+    settings = _mask_rule(settings, split.train, reporter)
     reporter.say(
         f"{len(split.train):,} events to learn from, {len(split.test):,} users to test on"
         + (f" ({split.skipped:,} with fewer than three moments only teach)" if split.skipped else "")
@@ -569,7 +570,7 @@ def add_ranker(
     bundle = Bundle.load(folder)
     log, catalogue = _read(interactions, items, reporter)
     require_same_log(bundle.histories, HistoryStore.build(log))
-    aside = into.with_name(f".{into.name}.ranker")
+    aside = _beside(into, "ranker")
     ranker, found = _train_ranker(log, catalogue, aside, recipe, minutes, changes, reporter)
     reporter.say("Learning how much the ranker weighs …")
     told = reporter
@@ -654,7 +655,7 @@ def cluster_ranker(
             fix="Cluster a ranker that stands alone: tiglon train --recipe twin_v2 … --out RANKER",
         )
     ranker = load_ranker(folder)
-    work = folder.with_name(f".{folder.name}.clusters")
+    work = _beside(folder, "clusters")
     work.mkdir(exist_ok=True)
     told = reporter
     store = ranker.cluster(
@@ -752,8 +753,8 @@ def _read(interactions: Table, items: Table, reporter: Reporter) -> tuple[Intera
     return log, catalogue
 
 
-def _mask_rule(settings: Recipe, log: Interactions, reporter: Reporter) -> Recipe:
-    share = repeat_share(log)
+def _mask_rule(settings: Recipe, training: Interactions, reporter: Reporter) -> Recipe:
+    share = repeat_share(training)
     if settings.exclude_seen is None:
         settings = replace(settings, exclude_seen=share < REPEATING)
     rule = "are not recommended again" if settings.exclude_seen else "stay in the ranking"
@@ -797,7 +798,7 @@ def item_text(catalogue: Items, config: ItemTextConfig) -> ItemText:
         return ItemText(config.encoder, "", VectorColumn(config.encoder.removeprefix("column:")))
     template = config.template
     if template is None:
-        template = ". ".join(f"{{{name}}}" for name in text_columns(catalogue))
+        template = template_of(text_columns(catalogue))
     if config.encoder != "tfidf":
         return ItemText(config.encoder, template, SentenceTransformer(config.encoder))
     encoder = TfidfSvd(config.dim).fit(render(catalogue, template))
@@ -812,11 +813,17 @@ def make_tokenizer(config: IdsConfig) -> Tokenizer:
     return plain(config.levels, config.codes, seed=config.seed)
 
 
+def _beside(path: Path, what: str) -> Path:
+    """A hidden folder beside `path`, which may be ".", for what is on its way."""
+    path = Path(os.path.abspath(path))
+    return path.with_name(f".{path.name}.{what}")
+
+
 def _workshop(
     out: Path, log: Interactions, catalogue: Items, settings: Recipe | LifelongConfig, reporter: Reporter
 ) -> Path:
     """The folder for checkpoints beside `out`, of this very job."""
-    work = out.with_name(f".{out.name}.work")
+    work = _beside(out, "work")
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for array in (log.user, log.item, log.time):
         digest.update(np.ascontiguousarray(array).tobytes())
