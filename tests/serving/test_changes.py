@@ -11,8 +11,9 @@ from tiglon.errors import StorageError
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.changes import START, Changes, without_undone
 from tiglon.serving.engine import Engine
-from tiglon.serving.live import Live
+from tiglon.serving.live import Live, _give
 from tiglon.serving.messages import ItemsRequest, RankRequest, RecommendRequest
+from tiglon.serving.publish import publish
 
 
 def add(item, **columns):
@@ -279,13 +280,54 @@ def worker(bundle_path, folder):
     return Live(bundle_path, None, Changes(folder))
 
 
+def test_a_bundle_that_cannot_be_taken_up_does_not_keep_removed_items_on_sale(
+    bundle_path, tmp_path, monkeypatch
+):
+    publish(bundle_path, tmp_path / "home")
+    one, two = worker(tmp_path / "home", tmp_path), worker(tmp_path / "home", tmp_path)
+    pointer = tmp_path / "home" / "CURRENT"
+    good = pointer.read_text()
+    pointer.write_text("0" * 16 + "\n" + good)
+    one.items(remove(2))
+    for look in (two.renew, two.follow, two.renew):
+        look()
+    assert "0" * 16 in two.trouble
+    assert titles(two, 1, 2).keys() == {1}
+
+    def too_large(folder):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:  # nothing that a bundle should raise
+        patched.setattr(Bundle, "load", too_large)
+        two._folder = tmp_path / "another"
+        pointer.write_text(good)
+        two.renew()
+        assert two.trouble == "MemoryError"
+    two.renew()
+    assert two.trouble == ""
+    assert titles(two, 1, 2).keys() == {1}
+
+
+def test_of_a_change_that_does_not_fit_a_bundle_all_that_fits_is_taken(bundle_path):
+    engine = Engine(Bundle.load(bundle_path))
+    before = len(engine.bundle.items)
+    same = [{"item_id": 1000 + n} for n in range(300)]  # without words: one group of IDs, of 256 at most
+    _give(engine, ItemsRequest(add=[*same, {"item_id": 2000, "titel": "x"}, {"item_id": 3, "title": "new"}]))
+    added = len(engine.bundle.items) - before
+    assert 200 < added <= 256
+    assert list(engine.lookup([1000, 1000 + added - 1]).items) != []
+    assert [item.columns["title"] for item in engine.lookup([3]).items] == ["new"]
+    _give(engine, remove(*engine.bundle.items.vocabulary.raw.to_pylist()))
+    assert engine.bundle.tiger.ids.alive.sum() == 1  # a catalogue keeps one
+
+
 def test_a_start_compacts_and_other_workers_follow(bundle_path, tmp_path):
     """One worker had read all of it and goes on; the other had not, and takes up everything anew."""
     one, late = worker(bundle_path, tmp_path), worker(bundle_path, tmp_path)
     for n in range(4):
         one.items(renamed(n))
     one.items(ItemsRequest(add=[{"item_id": 1000, "title": "gone soon"}]))
-    late.refresh()
+    late.follow()
     for n in range(4, 9):
         one.items(renamed(n))
     one.items(remove(1000, 2))
@@ -295,7 +337,7 @@ def test_a_start_compacts_and_other_workers_follow(bundle_path, tmp_path):
     before = one.engine, late.engine
     third.items(remove(4))
     for live in (one, late):
-        live.refresh()
+        live.follow()
         assert live.trouble == ""
     assert one.engine is before[0]
     assert late.engine is not before[1]

@@ -18,6 +18,7 @@ from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.recipes import ranking_schema
 from tiglon.retrieval.neighbours import CatalogueScorer
 from tiglon.serving.bundle import Bundle, require_same_log
+from tiglon.serving.catalogue import Catalogue
 from tiglon.serving.engine import Engine, _moments
 from tiglon.serving.funnel import gather, weigh
 from tiglon.serving.lifelong import Lifelong
@@ -360,6 +361,61 @@ def test_without_a_state_nothing_is_taken(engine):
 
 def change(engine, add=(), remove=()):
     return engine.items(ItemsRequest(add=list(add), remove=list(remove)))
+
+
+@pytest.mark.parametrize("hide", ["remove", "deny", "seen"])
+def test_a_new_item_stands_behind_the_next_like_when_the_nearest_is_hidden(live, bundle, hide):
+    table = bundle.items.table
+    like = ids(ask(live, user_id="nobody", k=1))[0]
+    change(live, [{**table.row(int(like), named=True), "item_id": 1000}])
+    now = live._catalogue
+    nearest, second = now.likes[0, :2].tolist()
+    asked = {"user_id": "nobody", "k": 40}
+    assert place_behind(live, nearest, **asked) == 1
+    if hide == "remove":
+        change(live, remove=[nearest])
+    elif hide == "deny":
+        asked["deny"] = [nearest]
+    else:  # by the networks it may stand elsewhere
+        live.pace |= dict.fromkeys(("tiger", "sasrec", "two_tower"), 100.0)
+        asked = {"history": [nearest], "exclude_seen": True, "k": 40, "budget_ms": 1000}
+    assert place_behind(live, second, **asked) == 1
+    if hide == "remove":
+        assert live._catalogue.likes[0, 0] == second
+
+
+def place_behind(engine, like, **asked):
+    """How many places a new item stands behind an older one."""
+    found = ids(ask(engine, **asked))
+    return found.index(1000) - found.index(like)
+
+
+def test_what_a_change_computes_is_what_a_start_computes(live, bundle):
+    rng = np.random.default_rng(0)
+    titles = bundle.items.table["title"].to_list()
+    for step in range(6):
+        new = [{"item_id": 1000 + 10 * step + n, "title": titles[rng.integers(40)]} for n in range(3)]
+        change(live, new, remove=rng.integers(0, 1000 + 10 * step, 2).tolist())
+    now, anew = live._catalogue, Catalogue(live._catalogue.bundle)
+    np.testing.assert_array_equal(now.stand_in, anew.stand_in)
+    np.testing.assert_array_equal(now.likes, anew.likes)
+    vectors = np.asarray(bundle.vectors)[: now.trained]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = now.bundle.vectors[now.trained :] @ unit[now.alive[: now.trained]].T
+    best = np.flatnonzero(now.alive[: now.trained])[cosine.argmax(axis=1)]
+    apart = np.sort(cosine, axis=1)
+    clear = apart[:, -1] - apart[:, -2] > 1e-5
+    assert clear.any()
+    np.testing.assert_array_equal(now.likes[clear, 0], best[clear])
+
+
+def test_reasons_are_given_within_the_budget(bundle):
+    stages = []
+    engine = Engine(bundle, on_stage=lambda name, seconds: stages.append(name))
+    engine.pace |= dict.fromkeys(("tiger", "sasrec", "two_tower"), 100.0)
+    answer = ask(engine, user_id=3, k=3, budget_ms=1000, explain=True, deny=[1])
+    assert answer.items[0].reasons is not None
+    assert not {"tiger", "sasrec", "two_tower"} & set(stages)
 
 
 def test_a_new_item_comes_at_once_behind_its_like_and_ids_stay(live, bundle):

@@ -8,9 +8,11 @@ from urllib.parse import quote
 import pytest
 
 from tiglon.errors import ConfigError
+from tiglon.serving import security
 from tiglon.serving.api import create_app
 from tiglon.serving.desk import Settings
 from tiglon.serving.logs import JsonLines
+from tiglon.serving.publish import publish
 from tiglon.serving.security import (
     Allowance,
     Keys,
@@ -84,6 +86,25 @@ def test_a_file_that_was_damaged_leaves_the_old_keys(file):
     with pytest.raises(ConfigError, match="is no file of keys"):
         keys.refresh()
     assert keys.find(token) is not None
+
+
+def test_a_file_that_could_not_be_read_once_is_read_later(file, monkeypatch):
+    gone = add_key(file, "gone", READ)
+    keys = Keys(file)
+    other = file.with_name("other")
+    add_key(other, "kept", READ)
+    other.replace(file)
+
+    def refuse(path):
+        raise ConfigError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(security, "_read", refuse)
+        with pytest.raises(ConfigError):
+            keys.refresh()
+    assert keys.find(gone) is not None
+    assert keys.refresh()
+    assert keys.find(gone) is None
 
 
 @pytest.mark.parametrize(
@@ -359,7 +380,17 @@ def test_an_error_does_not_tell_where_files_are(server, bundle_path):
     _, _, content = server.ask("POST", "/v1/recommend", {"user_id": 1, "source": str(bundle_path)})
     assert content["error"] == "invalid"
     assert server.ask("GET", "/health/ready?source=/etc")[2]["bundle"]
-    assert str(bundle_path) not in json.dumps(server.get("/openapi.json"))
+    assert str(bundle_path) not in json.dumps([content, server.get("/openapi.json")])
+
+
+def test_a_stranger_is_not_told_which_file_is_damaged(working, bundle_path, until, tmp_path, file):
+    home = tmp_path / "home"
+    publish(bundle_path, home)
+    add_key(file, "reader", READ)
+    with working(create_app(home, None, Settings(keys=file, poll_seconds=0.05))) as server:
+        pointer = home / "CURRENT"
+        pointer.write_text("0" * 16 + "\n" + pointer.read_text())
+        assert until(lambda: server.get("/health/ready")["trouble"]) == "see the log"
 
 
 def test_answers_carry_what_browsers_need_to_be_careful(server):

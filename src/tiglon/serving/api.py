@@ -10,9 +10,8 @@ error what was given, the rule and what to do. No endpoint takes a path of the s
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,10 +80,14 @@ def create_app(source: Path, state: State | None, settings: Settings | None = No
         app.state.desk = desk = Desk(live, metrics, settings)
         note("ready", bundle=live.engine.bundle.version)
         ended = asyncio.Event()
-        watch = asyncio.create_task(_watch(live, keys, settings.poll_seconds, ended))
+        small, large = (
+            asyncio.create_task(_again_and_again(look, settings.poll_seconds, ended))
+            for look in (lambda: _follow(live, keys), live.renew)
+        )
         yield
         ended.set()
-        await watch
+        await small
+        await large
         desk.close()
         if state is not None:
             state.close()
@@ -107,17 +110,18 @@ def create_app(source: Path, state: State | None, settings: Settings | None = No
     return app
 
 
-async def _watch(live: Live, keys: Keys | None, seconds: float, ended: asyncio.Event) -> None:
-    """Take up what changes on the disk: the bundle, the catalogue, the keys."""
+def _follow(live: Live, keys: Keys | None) -> None:
+    """Take up what changes at once: the catalogue, the keys."""
 
-    def look() -> None:
-        live.refresh()
-        try:
-            if keys is not None and keys.refresh():
-                note("keys read again")
-        except ConfigError as error:
-            note(f"the old keys stay: {error}", logging.ERROR)
+    def read_keys() -> None:
+        if keys is not None and keys.refresh():
+            note("keys read again")
 
+    live.follow()
+    live.attempt("the new file of keys", read_keys)
+
+
+async def _again_and_again(look: Callable[[], None], seconds: float, ended: asyncio.Event) -> None:
     while not ended.is_set():
         await asyncio.to_thread(look)
         with suppress(asyncio.TimeoutError):
@@ -397,7 +401,8 @@ async def find(
 
 
 class Health(Message):
-    """trouble: why a newer bundle, or a change of the catalogue, could not be taken up; the old one answers."""
+    """trouble: why a newer bundle, a change of the catalogue or of the keys could not be taken up; the old one
+    answers. It names files, so a server with keys says only where it stands."""
 
     ready: bool
     bundle: str
@@ -421,7 +426,7 @@ async def ready(desk: Here) -> Health:
         bundle=bundle.version,
         items=len(bundle.items),
         users=len(bundle.histories),
-        trouble=desk.live.trouble,
+        trouble=desk.live.trouble if desk.settings.keys is None else desk.live.trouble and "see the log",
     )
 
 

@@ -8,7 +8,7 @@ Letters: N items, D width of their vectors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import polars as pl
 
 from tiglon.data.text import render
 from tiglon.errors import DataError, SchemaError, did_you_mean
+from tiglon.retrieval.index import ExactIndex
 from tiglon.retrieval.topk import tie_order
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.funnel import Funnel
@@ -24,11 +25,15 @@ from tiglon.serving.remembered import Remembered
 from tiglon.types import MISSING, Items, Vocabulary
 
 _TEXT = 200  # characters shown of an item
+_LIKES = 5  # items behind which a new one may stand: more, should the nearest be hidden from a user
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     bundle: Bundle
+    # What the catalogue before knew of the first of the new items: their `stand_in`, their `likes`.
+    _stood: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    _liked: np.ndarray = field(default_factory=lambda: np.empty((0, _LIKES), np.int64))
 
     def __len__(self) -> int:
         """How many items, removed ones too."""
@@ -55,33 +60,65 @@ class Catalogue:
 
     @cached_property
     def stand_in(self) -> np.ndarray:
-        """(N,) each item; for a new one the trained item with the nearest vector, MISSING where there is none."""
+        """(N,) each item; for a new one the trained item with the nearest vector, removed or not, MISSING where
+        there is none."""
         found = np.arange(len(self))
-        if len(self) > self.trained:
-            found[self.trained :] = self.nearest(np.arange(self.trained, len(self)), 1)[0][:, 0]
+        known = self.trained + len(self._stood)
+        found[self.trained : known] = self._stood
+        if len(self) > known:
+            found[known:] = self.nearest(np.arange(known, len(self)), 1)[0][:, 0]
         return found
 
-    def nearest(self, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(M, k) the trained items with the nearest vectors, best first, and their cosines."""
-        vectors = np.asarray(self.bundle.vectors, np.float32)
-        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)[:, None]
-        cosine = unit[items] @ unit[: self.trained].T
-        best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        cosine = np.take_along_axis(cosine, best, axis=1)
-        return np.where(cosine > 0, best, MISSING), cosine
+    @cached_property
+    def likes(self) -> np.ndarray:
+        """(M, 5) the living trained items with the nearest vectors of each new one, best first, then MISSING."""
+        found = np.full((len(self) - self.trained, _LIKES), MISSING, np.int64)
+        found[: len(self._liked)] = self._liked
+        stale = ((found != MISSING) & ~self.alive[found]).any(axis=1)
+        stale[len(self._liked) :] = True
+        if stale.any():
+            near = self.nearest(self.trained + np.flatnonzero(stale), _LIKES, alive=True)[0]
+            found[stale] = MISSING
+            found[stale, : near.shape[1]] = near
+        return found
+
+    def nearest(self, items: np.ndarray, k: int, *, alive: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(M, k) the trained items with the nearest vectors, best first, and their cosines.
+
+        alive: only those that were not removed.
+        """
+        deny = ~self.alive[: self.trained] if alive else None
+        found = self._index.search(_unit(self.bundle.vectors[items]), k, deny=deny)
+        return np.where(found.score > 0, found.item, MISSING), found.score
+
+    @cached_property
+    def _index(self) -> ExactIndex:
+        return ExactIndex(_unit(self.bundle.vectors[: self.trained]))
 
     @cached_property
     def silent(self) -> np.ndarray:
         """(N,) bool: new items whose content is like that of no other, as where it is empty."""
         return self.stand_in == MISSING
 
+    def newcomers(self, barred: np.ndarray) -> dict[int, list[int]]:
+        """Trained item → the new ones that stand behind it, which is the nearest that is not `barred` (N,)."""
+        nearest = self.likes[:, 0]
+        if not barred[nearest[nearest != MISSING]].any():
+            return self.behind_nearest
+        free = (self.likes != MISSING) & ~barred[self.likes]
+        first = self.likes[np.arange(len(free)), free.argmax(axis=1)]
+        return self._behind(np.where(free.any(axis=1), first, MISSING))
+
     @cached_property
-    def newcomers(self) -> dict[int, list[int]]:
-        """Trained item → the new ones that stand behind it."""
+    def behind_nearest(self) -> dict[int, list[int]]:
+        """`newcomers` where nothing is barred."""
+        return self._behind(self.likes[:, 0])
+
+    def _behind(self, like: np.ndarray) -> dict[int, list[int]]:
         behind: dict[int, list[int]] = {}
-        for item in range(self.trained, len(self)):
-            if self.alive[item]:
-                behind.setdefault(int(self.stand_in[item]), []).append(item)
+        for item, near in enumerate(like.tolist(), self.trained):
+            if near != MISSING and self.alive[item]:
+                behind.setdefault(near, []).append(item)
         return behind
 
     @cached_property
@@ -162,17 +199,29 @@ class Catalogue:
         new = [dict(row) for at, row in zip(dense, rows, strict=True) if at == MISSING]
         if new:
             bundle = bundle.add_items(_table(new, schema))
-        # It answers in the name of the bundle that was published; the changes are kept beside that.
-        bundle = replace(bundle, manifest=self.bundle.manifest, path=self.bundle.path)
-        return Catalogue(bundle), len(new), changed.height
+        return self._next(bundle), len(new), changed.height
 
     def without(self, items: np.ndarray) -> Catalogue:
         """Dense items are never returned again. Raises DataError where no item would be left."""
         left = int(self.alive.sum()) - int(self.alive[items].sum())
         if not left:
             raise DataError("a removal of all items", rule="A catalogue keeps at least one item")
-        bundle = self.bundle.remove_items(items)
-        return Catalogue(replace(bundle, manifest=self.bundle.manifest, path=self.bundle.path))
+        return self._next(self.bundle.remove_items(items))
+
+    def _next(self, bundle: Bundle) -> Catalogue:
+        """The moment after a change. Vectors never change, so only those of newer items are compared anew."""
+        # It answers in the name of the bundle that was published; the changes are kept beside that.
+        bundle = replace(bundle, manifest=self.bundle.manifest, path=self.bundle.path)
+        after = Catalogue(bundle, self.stand_in[self.trained :], self.likes)
+        if "_index" in self.__dict__:
+            after.__dict__["_index"] = self._index
+        return after
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows (M, D) of length 1, as float32; rows of zeros stay."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9))
 
 
 def _changed(table: pl.DataFrame, known: Sequence[tuple[int, Mapping[str, Any]]]) -> pl.DataFrame:

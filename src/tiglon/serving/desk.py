@@ -9,6 +9,7 @@ and those without stand in two lines, so that no network for one keeps the other
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -56,7 +57,12 @@ class Settings:
 TOGETHER = 16  # recommendations that are answered at once
 
 
-_Line = deque[tuple[RecommendRequest, Asking, Future[Message]]]
+_Written = tuple[Message, str]  # an answer, and its JSON
+_Line = deque[tuple[RecommendRequest, Asking, Future[_Written]]]
+
+
+def _written(message: Message) -> _Written:
+    return message, message.model_dump_json()
 
 
 class Overloaded(TiglonError):
@@ -72,56 +78,52 @@ class Desk:
         self._most = settings.threads + settings.waiting
         self._inside = 0
         self._lines: dict[bool, _Line] = {True: deque(), False: deque()}  # with a budget, and without
+        self._taking = threading.Lock()  # held by who takes from a line
 
     async def answer(self, asking: Asking, work: Callable[[Engine], Message]) -> Response:
         """The answer of the engine of this moment, and of no other. Raises Overloaded."""
-
-        return await self._inside_bounds(asking, lambda: work(self.live.engine))
+        self._require_room()
+        return await self._sent(asking, self._pool.submit(lambda: _written(work(self.live.engine))))
 
     async def recommend(self, asking: Asking, asked: RecommendRequest) -> Response:
         """The same for a recommendation, beside others that wait."""
         if not shares_work(asked) or self.settings.reranking:  # of some together, one would wait for each
             return await self.answer(asking, lambda engine: engine.recommend(self.prepared(asked, asking)))
+        self._require_room()
         line = self._lines[bool(asked.budget_ms or self.settings.budget_ms)]
-        mine: Future[Message] = Future()
-
-        def answered() -> Message:
-            self._answer_some(line)
-            return mine.result()  # another thread may have taken it
-
+        mine: Future[_Written] = Future()
         line.append((asked, asking, mine))
-        try:
-            return await self._inside_bounds(asking, answered)
-        except Overloaded:
-            with suppress(ValueError):
-                line.remove((asked, asking, mine))
-            raise
+        self._pool.submit(self._answer_some, line)  # its own, or another that is first
+        return await self._sent(asking, mine)
 
     def _answer_some(self, line: _Line) -> None:
-        """Answer those who are first in line. There are as many calls of this as requests in it."""
-        some: list[tuple[RecommendRequest, Future[Message]]] = []
-        with suppress(IndexError):
-            while len(some) < TOGETHER:
-                asked, asking, its = line.popleft()
-                some.append((self.prepared(asked, asking), its))
+        """Answer those who are first in line: all that can share the work, or one with time for a network."""
         engine = self.live.engine
+        some: list[tuple[RecommendRequest, Future[_Written]]] = []
+        with self._taking:
+            while line and len(some) < TOGETHER:
+                request = self.prepared(*line[0][:2])
+                together = engine.shares(request)
+                if some and not together:
+                    break
+                _, _, its = line.popleft()
+                if its.set_running_or_notify_cancel():
+                    some.append((request, its))
+                if not together:
+                    break
         if len(some) > 1:
             with suppress(Exception):  # of one of them; below each is told its own
-                found = engine.recommend_many([request for request, _ in some])
-                for (_, its), message in zip(some, found, strict=True):
-                    its.set_result(message)
+                found = [_written(message) for message in engine.recommend_many([r for r, _ in some])]
+                for (_, its), written in zip(some, found, strict=True):
+                    its.set_result(written)
                 return
         for request, its in some:
             try:
-                its.set_result(engine.recommend(request))
+                its.set_result(_written(engine.recommend(request)))
             except Exception as error:
                 its.set_exception(error)
 
-    async def _inside_bounds(self, asking: Asking, work: Callable[[], Message]) -> Response:
-        def answered() -> tuple[Message, str]:
-            message = work()
-            return message, message.model_dump_json()
-
+    def _require_room(self) -> None:
         if self._inside >= self._most:
             self.metrics.refused.inc()
             raise Overloaded(
@@ -129,10 +131,12 @@ class Desk:
                 rule="It takes no more at once",
                 fix="Ask again after the seconds of Retry-After",
             )
+
+    async def _sent(self, asking: Asking, answered: Future[_Written]) -> Response:
         self._inside += 1
         self.metrics.inside.inc()
         try:
-            message, text = await asyncio.get_running_loop().run_in_executor(self._pool, answered)
+            message, text = await asyncio.wrap_future(answered)
         finally:
             self._inside -= 1
             self.metrics.inside.dec()

@@ -165,15 +165,22 @@ class Engine:
         groups: dict[Any, list[_Asking]] = {}
         for i, asking in enumerate(askings):
             r = _recommend(asking)
-            together = shares_work(r) and (r.budget_ms is None or self._hurried(now, asking))
+            together = self._shares(now, r, self._left(asking))
             groups.setdefault((r.k, r.exclude_seen, r.budget_ms is None) if together else i, []).append(
                 asking
             )
         return list(groups.values())
 
-    def _hurried(self, now: Catalogue, asking: _Asking) -> bool:
-        """Whether the budget leaves no time for any slow stage."""
-        funnel, left = now.funnels[_hidden(now, _recommend(asking))], self._left(asking)
+    def shares(self, request: RecommendRequest) -> bool:
+        """Whether it would be answered by the same work as others, and not by a network of its own."""
+        left = np.inf if request.budget_ms is None else request.budget_ms / 1e3
+        return self._shares(self._catalogue, request, left)
+
+    def _shares(self, now: Catalogue, request: RecommendRequest, left: float) -> bool:
+        """left: seconds of its budget, which leave no time for any slow stage, or are endless."""
+        if request.budget_ms is None or not shares_work(request):
+            return shares_work(request)
+        funnel = now.funnels[_hidden(now, request)]
         stages = [*_slow(funnel), *(["ranker"] if funnel.asks_ranker else [])]
         return all(left < self.pace.get(stage, 0.0) for stage in stages)
 
@@ -343,8 +350,11 @@ class Engine:
         self, now: Catalogue, asking: _Asking, request: RecommendRequest
     ) -> list[tuple[int, int | None]]:
         """(dense item, the one behind which it stands as a new one) of the answer."""
-        hidden = set(asking.life.item.tolist()) if _hidden(now, request) else set()
-        allowed = _allowed(now, request)
+        barred = np.zeros(len(now), bool)
+        if _hidden(now, request):
+            barred[asking.life.item] = True
+        if (allowed := _allowed(now, request)) is not None:
+            barred |= ~allowed
         room, taken = _Caps(now, request.at_most), set[int]()
         new_left = max(1, request.k // NEW_SHARE)
         answer: list[tuple[int, int, int | None]] = []
@@ -357,10 +367,10 @@ class Engine:
             answer.append((place, item, like))
             return True
 
-        for place, (item, like) in enumerate(self._in_order(now, asking)):
+        for place, (item, like) in enumerate(self._in_order(now, asking, now.newcomers(barred))):
             if len(answer) == request.k:
                 break
-            if item in hidden or (allowed is not None and not allowed[item]):
+            if barred[item]:
                 continue
             if item < now.trained:
                 take(place, item, like)
@@ -372,12 +382,14 @@ class Engine:
             take(*late)
         return [(item, like) for _, item, like in sorted(answer, key=lambda found: found[0])]
 
-    def _in_order(self, now: Catalogue, asking: _Asking) -> Iterator[tuple[int, int | None]]:
+    def _in_order(
+        self, now: Catalogue, asking: _Asking, newcomers: Mapping[int, list[int]]
+    ) -> Iterator[tuple[int, int | None]]:
         """Candidates, best first, each followed by the new items that are like it; then everything else."""
         assert asking.pool is not None
         for item in asking.pool.item[best_first(asking.pool, asking.score)].tolist():
             yield item, None
-            for new in now.newcomers.get(item, ()):
+            for new in newcomers.get(item, ()):
                 yield new, item
         for item in now.popular.tolist():
             yield item, None
@@ -426,7 +438,7 @@ class Engine:
 
     def _filtered(self, now: Catalogue, asking: _Asking, request: RecommendRequest) -> list[Filtered]:
         """What would stand among the first k without the rules, and which rule kept it out."""
-        free = _Asking(request.model_copy(update={"budget_ms": None}), asking.life, [], time.perf_counter())
+        free = _Asking(request, asking.life, [], asking.began)  # within the same budget
         hidden = _hidden(now, request)
         self._gather(now, [free], False, asking.stranger, k=request.k)
         assert free.pool is not None
@@ -488,7 +500,7 @@ class Engine:
             pairs = now.bundle.neighbours.similar_items([request.item_id], request.k + gone)[0]
             source = now.bundle.neighbours.name
         else:
-            near, cosine = now.nearest(np.array([item]), request.k + int((~now.alive).sum()))
+            near, cosine = now.nearest(np.array([item]), request.k, alive=True)
             real = near[0] != MISSING
             pairs = list(zip(now.items.decode(near[0][real]), cosine[0][real].tolist(), strict=True))
             source = "vectors"
@@ -545,7 +557,8 @@ class Engine:
                 now = now.without(there)
             if now is not self._catalogue:
                 _ = (
-                    now.newcomers,
+                    now.behind_nearest,
+                    now.stand_in,
                     now.popular,
                     now.funnels,
                     now.remembered,

@@ -3,20 +3,19 @@
 A request takes `live.engine` once and keeps it to its end, so no answer mixes two bundles. When CURRENT names
 another bundle, that one is loaded and verified beside the old, given the changes of the catalogue, asked once
 so that nothing is cold, and only then put in its place: twice the memory for a moment, and no pause. A bundle
-that cannot be loaded leaves the old one answering, and `trouble` says why.
+that cannot be loaded leaves the old one answering, and `trouble` says why; the catalogue is followed all the same.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiglon.errors import DataError, StorageError, TiglonError
+from tiglon.errors import CapacityError, DataError, StorageError, TiglonError
 from tiglon.serving.bundle import Bundle
-from tiglon.serving.catalogue import Catalogue
 from tiglon.serving.changes import START, Changes, Place
 from tiglon.serving.engine import Engine
 from tiglon.serving.logs import note
@@ -45,7 +44,7 @@ class Live:
         reranking: Reranking | None = None,
     ) -> None:
         self.source, self.state, self.changes = source, state, changes
-        self.trouble = ""
+        self._troubles: dict[str, str] = {}
         self._on_swap, self._on_stage, self._reranking = on_swap, on_stage, reranking
         self._lock = threading.Lock()  # held by who changes the engine
         self._folder = bundle_folder(source)
@@ -68,22 +67,43 @@ class Live:
                     raise
             return answer
 
-    def refresh(self) -> None:
-        """Take up what another process changed: the catalogue, the bundle."""
-        try:
+    @property
+    def trouble(self) -> str:
+        """What could not be taken up, and why; empty where all was."""
+        return "; ".join(filter(None, self._troubles.values()))
+
+    def follow(self) -> None:
+        """Take up what another process changed in the catalogue."""
+
+        def work() -> None:
+            with self._lock:
+                self._follow()
+
+        self.attempt("the change of the catalogue", work)
+
+    def renew(self) -> None:
+        """Take up another bundle, if the home names one. It takes as long as loading does."""
+
+        def work() -> None:
             folder = bundle_folder(self.source)
             if folder != self._folder:
                 self._swap(folder)
-            with self._lock:
-                self._follow()
-            self.trouble = ""
-        except (TiglonError, OSError) as error:
-            if str(error) != self.trouble:  # once, not twice a second
-                note(
-                    f"the change was not taken up: {error}", logging.ERROR, bundle=self.engine.bundle.version
-                )
-                self._on_swap(self.engine.bundle.version, "")
-            self.trouble = str(error)
+
+        self.attempt("the bundle", work)
+
+    def attempt(self, what: str, work: Callable[[], None]) -> None:
+        """Do it. Whatever goes wrong is told once, and stands in `trouble` until it goes well."""
+        try:
+            work()
+            self._troubles[what] = ""
+        except Exception as error:  # who watches must go on watching
+            text = str(error) or type(error).__name__
+            if text != self._troubles.get(what):  # once, not twice a second
+                expected = isinstance(error, (TiglonError, OSError))
+                version = self.engine.bundle.version
+                note(f"{what} was not taken up: {text}", logging.ERROR, trace=not expected, bundle=version)
+                self._on_swap(version, "")
+            self._troubles[what] = text
 
     def _swap(self, folder: Path) -> None:
         self._compact()
@@ -92,7 +112,7 @@ class Live:
         engine.recommend(RecommendRequest.model_validate({"history": lived, "k": 1, "request_id": "warm"}))
         with self._lock:
             engine, place = self._caught_up(engine, place, folder)
-            self.trouble = ""  # before the bundle that ends it can be seen
+            self._troubles["the bundle"] = ""  # before the bundle that ends it can be seen
             old, self.engine, self._place, self._folder = self.engine, engine, place, folder
         note("bundle swapped", old=old.bundle.version, new=engine.bundle.version)
         self._on_swap(old.bundle.version, engine.bundle.version)
@@ -133,19 +153,19 @@ class Live:
 
 
 def _give(engine: Engine, change: ItemsRequest) -> None:
-    """Make a change that another bundle took; of its rows, those that this bundle takes."""
+    """Make a change that another bundle took; of its rows and removals, those that this bundle takes."""
     try:
         engine.items(change)
-    except DataError:
-        rows = [row for row in change.add if _fits(engine, row)]
-        if rows or change.remove:
-            engine.items(change.model_copy(update={"add": rows}))
+    except (DataError, CapacityError) as error:
+        parts = [ItemsRequest.model_construct(add=part) for part in _halves(change.add)]
+        parts += [ItemsRequest.model_construct(remove=part) for part in _halves(change.remove)]
+        if len(parts) > 1:
+            for part in parts:
+                _give(engine, part)
+        else:  # a column that this bundle does not have, an item that it removed, a group of IDs that is full
+            note(f"an earlier change does not fit this bundle: {error}", logging.ERROR)
 
 
-def _fits(engine: Engine, row: Mapping[str, Any]) -> bool:
-    try:
-        Catalogue(engine.bundle).with_rows([row])
-    except DataError as error:  # a column that this bundle does not have, or an item that it removed
-        note(f"an earlier change does not fit this bundle: {error}", logging.ERROR)
-        return False
-    return True
+def _halves(whole: list[Any]) -> list[list[Any]]:
+    middle = len(whole) // 2
+    return [half for half in (whole[:middle], whole[middle:]) if half]

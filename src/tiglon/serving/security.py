@@ -72,8 +72,8 @@ class Keys:
         stamp = _stamp(self.path)
         if stamp == self._stamp:
             return False
-        self._stamp = stamp
         self._keys = _read(self.path)
+        self._stamp = stamp  # once it was read: what cannot be read now is tried again
         return True
 
 
