@@ -71,7 +71,7 @@ def metrics_table(metrics: dict[str, Any], title: str = "") -> Table:
     """The evaluation (see `evaluation.protocol.to_json`) as rows a retriever."""
     caption = f"{metrics['users']:,} users, the whole catalogue ranked"
     if skipped := metrics.get("skipped"):  # bundles made before have none, nor a lead
-        caption += f"; {skipped:,} more had no moment to be tested on"
+        caption += f"\n{skipped:,} more had no moment to be tested on"
     if lead := metrics.get("lead"):
         caption += f"\n{lead['name']} − {lead['over']}, 95% interval: " + "; ".join(
             f"{name} {lead[name][0]:+.4f} ({lead[name][1]:+.4f} … {lead[name][2]:+.4f})"

@@ -24,12 +24,14 @@ from tiglon.serving.publish import bundle_folder
 from tiglon.serving.reranking import Reranking
 from tiglon.serving.state import State
 
+_BUNDLE = "the bundle"
+
 
 class Live:
     """Loads at once. Raises BundleError, StorageError.
 
     source: a bundle, or a home whose CURRENT names one.
-    on_swap: called with the old version and the new one; an empty new one is a change that failed.
+    on_swap: called with the old version and the new one; an empty new one could not be taken up.
     on_stage: called with each stage of the funnel and its seconds.
     reranking: the language model that orders the first of every answer; None: none.
     """
@@ -89,7 +91,7 @@ class Live:
             if folder != self._folder:
                 self._swap(folder)
 
-        self.attempt("the bundle", work)
+        self.attempt(_BUNDLE, work)
 
     def attempt(self, what: str, work: Callable[[], None]) -> None:
         """Do it. Whatever goes wrong is told once, and stands in `trouble` until it goes well."""
@@ -102,7 +104,8 @@ class Live:
                 expected = isinstance(error, (TiglonError, OSError))
                 version = self.engine.bundle.version
                 note(f"{what} was not taken up: {text}", logging.ERROR, trace=not expected, bundle=version)
-                self._on_swap(version, "")
+                if what == _BUNDLE:
+                    self._on_swap(version, "")
             self._troubles[what] = text
 
     def _swap(self, folder: Path) -> None:
@@ -112,7 +115,7 @@ class Live:
         engine.recommend(RecommendRequest.model_validate({"history": lived, "k": 1, "request_id": "warm"}))
         with self._lock:
             engine, place = self._caught_up(engine, place, folder)
-            self._troubles["the bundle"] = ""  # before the bundle that ends it can be seen
+            self._troubles[_BUNDLE] = ""  # before the bundle that ends it can be seen
             old, self.engine, self._place, self._folder = self.engine, engine, place, folder
         note("bundle swapped", old=old.bundle.version, new=engine.bundle.version)
         self._on_swap(old.bundle.version, engine.bundle.version)
