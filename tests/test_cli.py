@@ -481,6 +481,15 @@ def test_describe_says_what_is_wrong(tiglon, endpoint, tmp_path):
     status, _, err = tiglon(*command, tmp_path / "x.parquet")
     assert (status, "answered 401" in err) == (1, True)
     assert os.listdir(tmp_path) == ["items.parquet"]
+    asked = len(endpoint.asked)
+    write(tmp_path / "log.parquet", {"user_id": [1], "item_id": [1], "timestamp": [1]})
+    (tmp_path / "text.parquet").write_text("no table")
+    for name in ("log", "items", "text"):
+        before = (tmp_path / f"{name}.parquet").read_bytes()
+        status, _, err = tiglon(*command, tmp_path / f"{name}.parquet")
+        assert (status, "which is no table of these items with the column 'knowledge'" in err) == (1, True)
+        assert (tmp_path / f"{name}.parquet").read_bytes() == before
+    assert len(endpoint.asked) == asked
 
 
 # -- bad input ---------------------------------------------------------------------------------------------

@@ -397,15 +397,16 @@ def describe(
     from tiglon.data.events import read_items
     from tiglon.llm.cache import Cached
     from tiglon.llm.client import Endpoint, Usage, key_of_environment
-    from tiglon.llm.knowledge import with_knowledge
+    from tiglon.llm.knowledge import require_free, with_knowledge
     from tiglon.terminal import Terminal
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}", rule="The table is written as .parquet")
     asked = Endpoint(endpoint, model, key=key_of_environment(), usage=Usage(*prices))
-    terminal = Terminal()
+    terminal, given = Terminal(), read_items(items)
+    require_free(out, given, column)
     known = with_knowledge(
-        read_items(items),
+        given,
         Cached(asked, cache or out.with_name(f"{out.stem}-answers")),
         column=column,
         report=lambda share: terminal.share("asking", share),

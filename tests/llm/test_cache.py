@@ -31,6 +31,14 @@ def test_model_version_text_and_length_tell_questions_apart(server, tmp_path):
     assert len(server.asked) == 6
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\r", "\n"])
+def test_an_answer_may_hold_any_end_of_a_line(server, tmp_path, end):
+    server.say = lambda body: f"a{end}b"
+    for _ in range(2):
+        assert cached(server, tmp_path).complete(Prompt("a")).text == f"a{end}b"
+    assert len(server.asked) == 1
+
+
 def test_failures_are_not_remembered(server, tmp_path):
     model = cached(server, tmp_path)
     server.say = lambda body: 404

@@ -123,6 +123,12 @@ def test_nobody_there():
         Endpoint("http://127.0.0.1:1/v1", "tiny").complete(HELLO)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_what_cannot_be_the_name_of_a_host(host):
+    with pytest.raises(LanguageModelError, match="UnicodeError"):
+        Endpoint(f"http://{host}/v1", "tiny", seconds=5).complete(HELLO)
+
+
 def test_endless_answers_are_cut(server, monkeypatch):
     monkeypatch.setattr(client, "_MOST_BYTES", 1_000)
     server.say = lambda body: "x" * 2_000
@@ -131,7 +137,8 @@ def test_endless_answers_are_cut(server, monkeypatch):
 
 
 def test_bad_options_are_refused():
-    for url in ("localhost:8080", "file:///etc/passwd", "ftp://host/v1", "http://"):
+    wrong = ("localhost:8080", "file:///etc/passwd", "ftp://host/v1", "http://")
+    for url in (*wrong, "http://localhost:80a/v1", "http://localhost:99999/v1", "http://[::1/v1"):
         with pytest.raises(ConfigError, match="An endpoint is an address of http or https"):
             Endpoint(url, "tiny")
     with pytest.raises(ConfigError, match="seconds=0"):

@@ -109,8 +109,8 @@ def test_a_ranking_is_always_a_permutation(first, second):
         with lock:
             return answers.pop()
 
-    if not any(ground(answer, CANDIDATES).order for answer in answers):
-        with pytest.raises(LanguageModelError, match="2 answers that name none of the 5 candidates"):
+    if useless := sum(not ground(answer, CANDIDATES).order for answer in answers):
+        with pytest.raises(LanguageModelError, match=f"{useless} of 2 answers that name none of the 5"):
             Listwise(Stub(say)).rank(HISTORY, CANDIDATES)
         return
     found = Listwise(Stub(say)).rank(HISTORY, CANDIDATES)
@@ -239,17 +239,22 @@ def model(server, monkeypatch):
     return Endpoint(server.url, "tiny")
 
 
-def test_one_good_answer_is_enough(server, model):
-    lock, said = threading.Lock(), [400, "[1]"]
+@pytest.mark.parametrize("instead", [400, "Let me think about it."])
+def test_an_echo_moves_nothing_where_an_answer_is_missing(server, model, instead):
+    """An answer counts with its reverse; half a pair would be the order in which it was shown."""
+    lock, lost = threading.Lock(), [instead]
 
     def say(body):
         with lock:
-            return said.pop()
+            return lost.pop() if lost else echo(shown(body["messages"][0]["content"]))
 
     server.say = say
-    found = Listwise(model).rank(HISTORY, CANDIDATES)
-    assert found.answers == 1
-    assert sorted(found.order) == list(range(5))
+    found = Listwise(model, orders=4).rank(HISTORY, CANDIDATES)
+    assert found.answers == 2
+    assert found.order.tolist() == list(range(5))
+    lost.append(instead)
+    with pytest.raises(LanguageModelError, match="answered 400|1 of 2 answers that name none"):
+        Listwise(model).rank(HISTORY, CANDIDATES)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +262,8 @@ def test_one_good_answer_is_enough(server, model):
     [
         (500, "answered 500"),
         (b"not json", "something else than JSON"),
-        ("I'd rather talk about the weather.", "2 answers that name none of the 5 candidates"),
-        ('["Caviar", "Champagne"]', "2 answers that name none of the 5 candidates"),
+        ("I'd rather talk about the weather.", "2 of 2 answers that name none of the 5 candidates"),
+        ('["Caviar", "Champagne"]', "2 of 2 answers that name none of the 5 candidates"),
     ],
 )
 def test_no_good_answer_is_said(server, model, said, message):

@@ -94,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     known = {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines():
+    for line in text.split("\n"):  # an answer may hold other ends of lines
         try:
             entry = json.loads(line)
             known[entry["key"]] = entry

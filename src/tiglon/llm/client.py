@@ -111,18 +111,22 @@ class Endpoint:
         seconds: float = 30.0,
         usage: Usage | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError
+        except ValueError as error:
             raise ConfigError(
                 f"the endpoint {url!r}",
                 rule="An endpoint is an address of http or https",
                 fix='Pass one such as "http://localhost:8080/v1"',
-            )
+            ) from error
         if not seconds > 0:
             raise ConfigError(f"seconds={seconds}", rule="A call has some time")
         if key is not None and not re.fullmatch(r"[!-~]+", key):
             raise ConfigError("a key with spaces or letters outside ASCII", fix="Look how it was copied")
-        self._host, self._port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+        self._host, self._port, self._tls = parts.hostname, port, parts.scheme == "https"
         self._path = f"{parts.path.rstrip('/')}/chat/completions"
         self.model, self.seconds, self._key = model, seconds, key
         self.usage = usage or Usage()
@@ -213,7 +217,7 @@ class Endpoint:
             connection.request("POST", self._path, body, headers)
             response = connection.getresponse()
             text = response.read(_MOST_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: no name of a host
             if late.is_set() or isinstance(error, TimeoutError):
                 raise self._late() from error
             return 503, f"{type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from polars.exceptions import PolarsError
 
 from tiglon.data.text import render
 from tiglon.errors import ConfigError, LanguageModelError, StorageError
@@ -33,6 +34,7 @@ WORDING = (
     "In at most two sentences say what it is, what it is used for, who buys it and what it goes with. "
     "Say only what you are sure of."
 )
+COLUMN = "knowledge"
 VERSION = "item-knowledge-1"  # of the wording; to change with it
 _LONGEST = 600  # characters of an answer that are kept
 _GIVE_UP = 5  # failures before the first answer
@@ -40,25 +42,49 @@ _GIVE_UP = 5  # failures before the first answer
 
 @dataclass(frozen=True, eq=False)
 class Knowledge:
-    """items: with the new column.   failed: items without an answer.   usage: of the model, all in all."""
+    """items: with the new column.   failed: items without an answer.   usage: of the model, all in all.
+    column: its name."""
 
     items: Items
     failed: int
     usage: Usage
+    column: str = COLUMN
 
     def save(self, file: str | Path) -> None:
-        """The item table as Parquet, whole or not at all. Raises StorageError."""
+        """The item table as Parquet, whole or not at all, in the place of an earlier one of these items.
+
+        Raises ConfigError for what must not be replaced, StorageError.
+        """
         file = Path(file)
+        require_free(file, self.items, self.column)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as aside:
                 self.items.table.write_parquet(Path(aside) / file.name)
                 (Path(aside) / file.name).replace(file)
-        except OSError as error:
+        except (OSError, PolarsError) as error:
             raise StorageError(
                 f"{file} could not be written: {error}",
                 rule="Nothing was changed there",
                 fix="Free some space or choose another place",
             ) from error
+
+
+def require_free(file: Path, items: Items, column: str = COLUMN) -> None:
+    """ConfigError where something else stands at `file` than what is known of these very items."""
+    if not file.exists():
+        return
+    try:
+        schema = pl.read_parquet_schema(file)
+        ids = pl.read_parquet(file, columns=["item_id"], glob=False)["item_id"]
+        if column in schema and ids.equals(items.table["item_id"]):
+            return
+    except (OSError, PolarsError):
+        pass
+    raise ConfigError(
+        f"{file}, which is no table of these items with the column '{column}'",
+        rule="Only what was written here before is replaced",
+        fix="Choose another path",
+    )
 
 
 def with_knowledge(
@@ -67,7 +93,7 @@ def with_knowledge(
     *,
     wording: str = WORDING,
     version: str = VERSION,
-    column: str = "knowledge",
+    column: str = COLUMN,
     seconds: float | None = None,
     at_once: int = 4,
     report: Callable[[float], None] | None = None,
@@ -116,7 +142,7 @@ def with_knowledge(
                 report(min(1.0, (begin + chunk) / len(distinct)))
     said = [answers.get(text) for text in texts]
     table = items.table.with_columns(pl.Series(column, said, dtype=pl.String))
-    return Knowledge(Items(items.vocabulary, table), sum(answer is None for answer in said), model.usage)
+    return Knowledge(Items(items.vocabulary, table), sum(answer is None for answer in said), model.usage, column)
 
 
 def _plain(answer: str) -> str | None:

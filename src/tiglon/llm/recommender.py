@@ -54,9 +54,9 @@ class Grounded(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Ranked:
     """order: (K,) candidates, best first, a permutation.   place: (K,) mean place, from 0; of a pointwise
-    ranking 1 − p(yes).   single: (K,) the order of the first answer alone.
+    ranking 1 − p(yes).   single: (K,) the order of the first of these answers alone.
     bias: mean rank correlation of the order shown with that answered, 1 for an echo; NaN for pointwise.
-    answers: how many were of use.   invented, repeated: of all answers.
+    answers: how many counted.   invented, repeated: of all answers.
     """
 
     order: np.ndarray
@@ -92,8 +92,8 @@ def ground(answer: str, candidates: Sequence[str]) -> Grounded:
 class Listwise:
     """Ranks candidates by a few answers about all of them.
 
-    orders: in how many orders it asks, an even number; all are asked at once.   seconds: for all of them; those
-    that are late do not count.   seed: of the orders.
+    orders: in how many orders it asks, an even number; all are asked at once. An answer counts together with that
+    to the reverse of its order, so that an echo moves nothing.   seconds: for all of them.   seed: of the orders.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Listwise:
         """The candidates, by texts, for who has this history, oldest first.
 
         seconds: less than the recommender's own. Raises DataError without a candidate, LanguageModelError
-        where no answer came in time or none named a candidate.
+        where of no pair both answers came in time and named a candidate.
         """
         K = len(candidates)
         _require_candidates(candidates)
@@ -127,15 +127,17 @@ class Listwise:
         prompts = [Prompt(_listwise(history, [texts[i] for i in order]), LISTWISE) for order in shown]
         answers = _all(self.model, prompts, left, max_tokens=8 * K + 64)
 
-        places, single, bias, invented, repeated = [], None, [], 0, 0
-        for order, answer in zip(shown, answers, strict=True):
-            if isinstance(answer, LanguageModelError):
+        found = [
+            Grounded([], 0, 0)
+            if isinstance(answer, LanguageModelError)
+            else ground(answer, [texts[i] for i in order])
+            for order, answer in zip(shown, answers, strict=True)
+        ]
+        places, single, bias = [], None, []
+        for answer, (order, said) in enumerate(zip(shown, found, strict=True)):
+            if not said.order or not found[answer ^ 1].order:  # half a pair leans to where it was shown
                 continue
-            found = ground(answer, [texts[i] for i in order])
-            invented, repeated = invented + found.invented, repeated + found.repeated
-            if not found.order:
-                continue
-            named = order[found.order]
+            named = order[said.order]
             full = np.concatenate([named, np.setdiff1d(np.arange(K), named)])
             single = full if single is None else single
             place = np.empty(K)
@@ -145,17 +147,19 @@ class Listwise:
             bias.append(_correlation(np.argsort(order), place))
         if single is None:
             failed = [answer for answer in answers if isinstance(answer, LanguageModelError)]
+            useless = sum(not said.order for said in found)
             raise (
                 failed[0]
                 if failed
                 else LanguageModelError(
-                    f"{len(answers)} answers that name none of the {K} candidates",
+                    f"{useless} of {len(answers)} answers that name none of the {K} candidates",
                     rule="An answer lists candidates by their numbers",
                     fix="Ask a model that follows instructions",
                 )
             )
         mean = np.mean(places, axis=0)
         order = np.argsort(mean.round(9), kind="stable")
+        invented, repeated = (sum(said[i] for said in found) for i in (1, 2))
         return Ranked(order, mean, single, float(np.mean(bias)), len(places), invented, repeated)
 
 
