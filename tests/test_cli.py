@@ -15,10 +15,11 @@ import polars as pl
 import pytest
 
 from tiglon import cli
+from tiglon.recipes import RANKING_RECIPES, Reporter, add_ranker
 from tiglon.serving.bundle import Bundle
 from tiglon.serving.engine import Engine
 from tiglon.serving.messages import RecommendRequest
-from tiglon.serving.publish import current, versions
+from tiglon.serving.publish import current, publish, versions
 
 
 @pytest.fixture
@@ -145,6 +146,61 @@ def test_a_ranker_joins_a_bundle_and_a_home(tiglon, bundle_path, world_tables, t
     assert tiglon("train", *tables, "--recipe", "din", "--into", home, *small)[0] == 0
     assert len(versions(home)) == 2
     assert Bundle.load(current(home)).ranker is not None
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_changed_while_a_ranker_learned_stays(
+    bundle_path, world_tables, tmp_path, monkeypatch, published
+):
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    new = write(tmp_path / "new.parquet", {"item_id": [500], "title": ["defide lagoba"]})
+    place = tmp_path / "place"
+    if published:
+        publish(bundle_path, place)
+    else:
+        shutil.copytree(bundle_path, place)
+    real, asked = Bundle.with_ranker, []
+
+    def slow(self, *given, **options):
+        asked.append(self)
+        if len(asked) == 1:
+            changed = self.add_items(new)
+            if published:
+                publish(changed, place)
+            else:
+                changed.save(place)
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Bundle, "with_ranker", slow)
+    changes = {"train.epochs": "1", "train.evaluations": "1"}
+    bundle, _ = add_ranker(*tables, place, RANKING_RECIPES["din"], changes=changes)
+    assert len(asked) == 2
+    assert bundle.ranker is not None
+    assert 500 in bundle.items.table["item_id"]
+
+
+def test_a_ranker_that_was_learned_is_not_learned_again(bundle_path, world_tables, tmp_path, monkeypatch):
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    changes = {"train.epochs": "1", "train.evaluations": "1"}
+
+    def stopped(*given, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "with_ranker", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            add_ranker(*tables, copy, RANKING_RECIPES["din"], changes=changes)
+    shares = []
+
+    class Listener(Reporter):
+        def share(self, task, share, note=""):
+            shares.append(task)
+
+    bundle, _ = add_ranker(*tables, copy, RANKING_RECIPES["din"], changes=changes, reporter=Listener())
+    assert "training" not in shares
+    assert bundle.ranker is not None
+    assert os.listdir(tmp_path) == ["copy"]
 
 
 def test_a_home_is_read_as_its_current_bundle_is(tiglon, bundle_path, tmp_path):

@@ -192,7 +192,7 @@ def test_too_short_a_log():
 # -- the job, and the command line ---------------------------------------------------------------------------
 
 
-def test_train_and_evaluate(tiglon, folder, tmp_path):
+def test_train_and_evaluate(tiglon, folder, bundle_path, tmp_path):
     out = tmp_path / "ranker"
     changes = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
     command = ["train", "--recipe", "full_attention", "--interactions", folder / "log.parquet", "--items"]
@@ -226,6 +226,9 @@ def test_train_and_evaluate(tiglon, folder, tmp_path):
     status, _, stderr = tiglon(*command)
     assert status == 1
     assert "where a ranker stands already. Choose another path, or pass --overwrite." in stderr
+    command[command.index(out)] = bundle_path
+    status, _, stderr = tiglon(*command, "--overwrite")
+    assert (status, f"Pass --into {bundle_path}, or choose another path." in stderr) == (1, True)
 
 
 def test_the_lives_of_a_ranker_are_clustered(tiglon, folder, bundle_path, tmp_path):
@@ -395,6 +398,10 @@ def test_several_tasks_are_trained_by_a_method_of_their_name(train, tiglon, tmp_
             {"gate": "poso", "gate_by": "activity", "network.experts": 2},
             "A gate multiplies the layers of one MLP",
         ),
+        ({"network.hidden": "-1"}, "A layer is at least 1 wide"),
+        ({"network.tower": "0"}, "A layer is at least 1 wide"),
+        ({"network.recent": "-1"}, "recent is at least 1"),
+        ({"network.dropout": "1"}, "dropout lies in 0 … 1"),
         ({"cross": "dcn2"}, "no crossing layer named 'dcn2'. Did you mean 'dcn'?"),
     ],
 )

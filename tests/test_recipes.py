@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import polars as pl
 import pytest
+from filelock import FileLock
 
 from tiglon import recipes
 from tiglon.data.events import read_interactions
@@ -93,6 +95,18 @@ def test_override_reads_values_by_their_type(key, text, read):
         ({"train.lr": "nan"}, "train.lr=nan. train.lr is of type float."),
         ({"train.betas": "0.9"}, "train.betas=0.9"),
         ({"train.lr": "-1"}, "lr=-1.0"),
+        ({"train.clip": "0"}, "clip > 0 and 0 ≤ betas < 1"),
+        ({"train.clip": "-1"}, "clip=-1.0"),
+        ({"sasrec.train.betas": "2,3"}, "betas=(2.0, 3.0)"),
+        ({"train.warmup": "-1"}, "warmup is at least 0"),
+        ({"train.final_lr": "-3"}, "final_lr is at least 0"),
+        ({"train.weight_decay": "-1"}, "weight_decay is at least 0"),
+        ({"train.seed": "-1"}, "seed is at least 0"),
+        ({"ids.seed": "-1"}, "seed is at least 0"),
+        ({"ids.behaviour": "-1"}, "behaviour is at least 0"),
+        ({"funnel.seed": "-1"}, "seed is at least 0"),
+        ({"funnel.penalties": ""}, "There is at least one, each at least 0 and finite"),
+        ({"funnel.penalties": "1,-1"}, "penalties=(1.0, -1.0)"),
         ({"ids.tokenizer": "kmeans"}, "tokenizer 'kmeans'. Known: lsh, random, residual-kmeans, rqvae"),
     ],
 )
@@ -277,9 +291,89 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(world_tables, tiny,
     tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
     work = tmp_path / ".out.work"
     work.mkdir()
-    (work / "job.json").write_text('{"job": "another"}')
-    with pytest.raises(ConfigError, match="an unfinished run of other data or settings"):
+    for job in ('{"job": "another"}', ""):
+        (work / "job.json").write_text(job)
+        (work / "checkpoint.safetensors").write_bytes(b"x")
+        with pytest.raises(ConfigError, match="an unfinished run of other data or settings"):
+            train(*tables, tmp_path / "out", changes=tiny)
+        assert (work / "checkpoint.safetensors").exists()
+    (work / "checkpoint.safetensors").unlink()  # nothing was learned: there is nothing to lose
+    train(*tables, tmp_path / "out", changes=tiny)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_one_process_trains_for_a_place(world_tables, tiny, tmp_path):
+    tables = world_tables / "interactions.parquet", world_tables / "items.parquet"
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    with FileLock(work / ".lock"), pytest.raises(ConfigError, match="that another process is at"):
         train(*tables, tmp_path / "out", changes=tiny)
+    assert work.exists()
+    train(*tables, tmp_path / "out", changes=tiny)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_came_to_out_meanwhile_is_not_replaced(world_tables, bundle_path, tiny, tmp_path, monkeypatch):
+    tables, out = (world_tables / "interactions.parquet", world_tables / "items.parquet"), tmp_path / "out"
+    real = Bundle.evaluate
+
+    def slow(self, *given, **options):
+        shutil.copytree(bundle_path, out)
+        return real(self, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "evaluate", slow)
+        with pytest.raises(ConfigError, match="where a bundle stands already"):
+            train(*tables, out, changes=tiny | {"train.epochs": "3"})
+    version = Bundle.load(out).version
+    assert version == Bundle.load(bundle_path).version
+    listener = Listener()
+    train(*tables, out, changes=tiny | {"train.epochs": "3"}, overwrite=True, reporter=listener)
+    assert not [task for task, _ in listener.shares if task == "training"]
+    assert Bundle.load(out).version != version
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_made(world_tables, tiny, tmp_path):
+    tables, listener = (world_tables / "interactions.parquet", world_tables / "items.parquet"), Listener()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="Choose a place that can be written to"):
+        train(*tables, tmp_path / "file" / "out", changes=tiny, reporter=listener)
+    assert not any("vectors" in line for line in listener.lines)
+
+
+def test_a_run_that_goes_on_has_the_vectors_it_began_with(world_tables, tiny, tmp_path, monkeypatch):
+    """On another number of threads they would differ in the last bit, and checkpoints be refused."""
+    tables, out = (world_tables / "interactions.parquet", world_tables / "items.parquet"), tmp_path / "out"
+    began = []
+
+    def stopped(self, *given, **options):
+        began.append(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "with_funnel", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(*tables, out, changes=tiny)
+    (first,) = began
+    learned = first.tiger.history["seconds"]
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "_vectors", lambda *_: pytest.fail("made anew"))
+        patch.setattr(recipes, "_identify", lambda *_: pytest.fail("made anew"))
+        bundle = train(*tables, out, changes=tiny)
+    np.testing.assert_array_equal(bundle.vectors, first.vectors)
+    assert bundle.tiger.ids.version == first.tiger.ids.version
+    assert bundle.minutes["tiger"] >= learned / 60
+    assert bundle.version == train(*tables, tmp_path / "other", changes=tiny).version
+
+
+def test_users_of_other_names_are_another_log(world_tables, tiny, tmp_path, monkeypatch):
+    log, items = pl.read_parquet(world_tables / "interactions.parquet"), world_tables / "items.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "with_funnel", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(log, items, tmp_path / "out", changes=tiny)
+    with pytest.raises(ConfigError, match="an unfinished run of other data"):
+        train(log.with_columns(pl.col("user_id") + 1), items, tmp_path / "out", changes=tiny)
 
 
 KILLED = """

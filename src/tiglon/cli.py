@@ -528,10 +528,10 @@ def ids_update(
 ) -> None:
     """Give new items IDs by the frozen tokenizer; old IDs and the network stay as they are."""
     from tiglon.data.events import read_table
-    from tiglon.serving.bundle import Bundle
+    from tiglon.serving.bundle import Bundle, revise
 
-    old = Bundle.load(bundle)
-    new, given = old.add_items(items), read_table(items)
+    given = read_table(items)
+    old, new = revise(bundle, lambda one: one.add_items(items))
     added = len(new.items) - len(old.items)
     if known := given.height - added:
         _say(f"{known:,} of the items are known, and were left as they are")
@@ -540,7 +540,6 @@ def ids_update(
     if not added:
         _say("no item of the table is new; the bundle stays as it is")
         return
-    new.save(bundle)
     _say(f"{added:,} new items; version {old.version} became {Bundle.load(bundle).version}")
 
 

@@ -9,7 +9,8 @@
     ├── CapacityError (RuntimeError)      a semantic-ID space is full
     ├── BundleError (RuntimeError)        a bundle cannot be read
     │   ├── BundleDamagedError            a file is missing or its checksum differs
-    │   └── BundleVersionError            a newer Tiglon wrote it
+    │   ├── BundleVersionError            a newer Tiglon wrote it
+    │   └── BundleChangedError            another process put something else in its place
     ├── StorageError (OSError)            the disk refused; nothing half-written is left
     ├── LanguageModelError (RuntimeError) a language model gave no answer, or one of no use
     └── MissingExtraError (ImportError)   an optional dependency is not installed
@@ -71,6 +72,10 @@ class BundleDamagedError(BundleError):
 
 class BundleVersionError(BundleError):
     """A bundle was written by a newer Tiglon."""
+
+
+class BundleChangedError(BundleError):
+    """Another process put something else in the place of a bundle that was being changed."""
 
 
 class StorageError(TiglonError, OSError):

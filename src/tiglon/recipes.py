@@ -25,15 +25,18 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
+from filelock import FileLock, Timeout
 
 from tiglon.data.events import Table, align, read_interactions, read_items
 from tiglon.data.features import ACTIVITY, GAP, ITEM, Feature, FeatureSchema, Role, fit
+from tiglon.data.folders import written_aside
 from tiglon.data.histories import CLUSTER_SIZE, HistoryStore
 from tiglon.data.ranking import (
     NEXT_BASKET,
@@ -43,9 +46,17 @@ from tiglon.data.ranking import (
     RankingTask,
     next_basket,
 )
-from tiglon.data.split import leave_last_out, moment_starts
+from tiglon.data.split import Split, leave_last_out, moment_starts
 from tiglon.data.text import SentenceTransformer, TfidfSvd, VectorColumn, render, template_of, text_columns
-from tiglon.errors import BundleError, ConfigError, DataError, did_you_mean
+from tiglon.errors import (
+    BundleChangedError,
+    BundleError,
+    ConfigError,
+    DataError,
+    StorageError,
+    did_you_mean,
+    require_weights,
+)
 from tiglon.evaluation.protocol import to_json
 from tiglon.evaluation.ranking import RankingEvaluation
 from tiglon.ranking.cluster_store import ClusterStore
@@ -63,6 +74,7 @@ from tiglon.retrieval.tiger import Tiger, TigerConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
 from tiglon.retrieval.tiger_paper import PaperConfig
 from tiglon.retrieval.two_tower import TwoTower, TwoTowerConfig
+from tiglon.semantic_ids import tokenizer as tokenizers
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.kmeans import ResidualKMeans
 from tiglon.semantic_ids.lsh import LSH
@@ -72,8 +84,9 @@ from tiglon.semantic_ids.tokenizer import Tokenizer
 from tiglon.serving.bundle import Bundle, ItemText, codes_of, is_bundle, require_free, require_same_log
 from tiglon.serving.funnel import FunnelConfig
 from tiglon.serving.publish import bundle_folder, publish
+from tiglon.train import checkpoint
 from tiglon.train.loop import Progress, TrainConfig
-from tiglon.types import Interactions, Items, Targets, Vocabulary
+from tiglon.types import Interactions, Items, Targets, Vocabulary, hash_ids
 
 # -- settings ----------------------------------------------------------------------------------------
 
@@ -97,6 +110,7 @@ class IdsConfig:
         known = ("residual-kmeans", "rqvae", "lsh", "random")
         if self.tokenizer not in known:
             raise ConfigError(f"tokenizer '{self.tokenizer}'", fix=did_you_mean(self.tokenizer, known))
+        require_weights(self, "behaviour", "seed")
 
 
 @dataclass(frozen=True)
@@ -409,25 +423,33 @@ def train(
         + (f" ({split.skipped:,} with fewer than three moments only teach)" if split.skipped else "")
     )
 
-    reporter.say("Making item vectors …")
-    text, vectors = _vectors(split.train, catalogue, settings)
-    tokenizer, ids = _identify(catalogue, text, vectors, settings.ids, reporter)
-    work = _workshop(out, log, catalogue, settings, reporter)
+    with _workshop(out, log, catalogue, settings, reporter) as work:
+        bundle = _trained(log, catalogue, split, settings, work, reporter)
+        require_free(out, overwrite)  # it may have come meanwhile
+        bundle.save(out)
+    return Bundle.load(out)
+
+
+def _trained(
+    log: Interactions, catalogue: Items, split: Split, settings: Recipe, work: Path, reporter: Reporter
+) -> Bundle:
+    text, vectors, tokenizer, ids = _item_parts(split.train, catalogue, settings, work, reporter)
+    config = TextConfig(template=settings.text.template or text_template(catalogue))
+    render(catalogue, config.template)  # what is wrong with it is said before hours of training
     model = Tiger(ids, catalogue.vocabulary, settings.tiger, vectors=vectors)
     count = sum(p.numel() for p in model.network.parameters())
     reporter.say(f"TIGER with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
     began, minutes_of = time.monotonic(), dict[str, float]()
     model.fit(split.train, split.validation, directory=work, report=_bar(reporter))
-    minutes_of[model.name] = (time.monotonic() - began) / 60
+    minutes_of[model.name] = _minutes(began, model.history)
     content = None if text.silent and text.behaviour is None else vectors
     learned = []
     for name in settings.retrievers:
         began = time.monotonic()
         learned.append(learn(name, settings, split.train, split.validation, content, work, reporter))
-        minutes_of[learned[-1].name] = (time.monotonic() - began) / 60
+        minutes_of[learned[-1].name] = _minutes(began, learned[-1].history)
 
     reporter.say("Fitting the retrievers without training …")
-    config = TextConfig(template=settings.text.template or text_template(catalogue))
     bundle = Bundle(
         items=catalogue,
         tiger=model,
@@ -452,10 +474,12 @@ def train(
     )
     tested = bundle.evaluate(progress=lambda name, done, n: reporter.share(f"testing {name}", done / n))
     selected = {"ndcg@10": model.history["best"]}
-    bundle = replace(bundle, metrics=to_json(tested, "test") | {"validation": selected})
-    bundle.save(out)
-    shutil.rmtree(work, ignore_errors=True)
-    return Bundle.load(out)
+    return replace(bundle, metrics=to_json(tested, "test") | {"validation": selected})
+
+
+def _minutes(began: float, history: Mapping[str, Any]) -> float:
+    """Of a training with its selection; of one that went on, at least those that its steps took."""
+    return max(time.monotonic() - began, history["seconds"]) / 60
 
 
 def in_minutes(settings: Recipe, minutes: float) -> Recipe:
@@ -546,7 +570,14 @@ def train_ranker(
     reporter, out = reporter or Reporter(), Path(out)
     require_free_ranker(out, overwrite)
     log, catalogue = _read(interactions, items, reporter)
-    return _train_ranker(log, catalogue, out, recipe, minutes, changes, reporter)
+    with _ranker_trained(log, catalogue, out, recipe, minutes, changes, reporter) as (
+        ranker,
+        found,
+        requests,
+    ):
+        require_free_ranker(out, overwrite)
+        ranker.save(out, requests)
+    return ranker, found
 
 
 def add_ranker(
@@ -561,32 +592,40 @@ def add_ranker(
 ) -> tuple[Bundle, list[RankingEvaluation]]:
     """The tables that a bundle was trained on → that bundle with a ranker, which orders the best of its funnel.
 
-    into: a bundle, whose place the new one takes, or a home, in which it is published.
+    into: a bundle, whose place the new one takes, or a home, in which it is published. Where it was changed during
+        the training, the ranker joins what stands there then.
     The evaluation is the ranker's own; that of the funnel with it stands in the bundle's metrics.
     minutes, changes: as in `train_ranker`.   Raises DataError for other tables, BundleError, StorageError.
     """
     reporter, into = reporter or Reporter(), Path(into)
-    folder = bundle_folder(into)
-    bundle = Bundle.load(folder)
     log, catalogue = _read(interactions, items, reporter)
-    require_same_log(bundle.histories, HistoryStore.build(log))
+    require_same_log(Bundle.load(bundle_folder(into)).histories, HistoryStore.build(log))
     aside = _beside(into, "ranker")
-    ranker, found = _train_ranker(log, catalogue, aside, recipe, minutes, changes, reporter)
+    with _ranker_trained(log, catalogue, aside, recipe, minutes, changes, reporter) as (ranker, found, _):
+        while True:
+            try:
+                return _with_ranker(into, ranker, reporter), found
+            except BundleChangedError:
+                reporter.say(f"{into} was changed meanwhile; once more, with what stands there now")
+
+
+def _with_ranker(into: Path, ranker: LifelongRanker, reporter: Reporter) -> Bundle:
+    """The bundle that stands there, with a ranker. Raises BundleChangedError where another took its place meanwhile."""
+    folder = bundle_folder(into)
+    old = Bundle.load(folder)
+    require_same_log(old.histories, ranker.histories)
     reporter.say("Learning how much the ranker weighs …")
-    told = reporter
-    bundle = bundle.with_ranker(ranker, progress=lambda name, done, n: told.share(name, done / n))
-    for hidden, fusion in bundle.fusions.items():
+    new = old.with_ranker(ranker, progress=lambda name, done, n: reporter.share(name, done / n))
+    for hidden, fusion in new.fusions.items():
         reporter.say(f"seen items {'hidden' if hidden else 'shown'}: its log-odds weigh {fusion.ranker:g}")
-    if folder == into:
-        bundle.save(into)
-        bundle = Bundle.load(into)
-    else:
-        bundle = Bundle.load(publish(bundle, into))
-    shutil.rmtree(aside, ignore_errors=True)
-    return bundle, found
+    if folder != into:
+        return Bundle.load(publish(new, into, instead_of=old.version))
+    new.save(into, instead_of=old.version)
+    return Bundle.load(into)
 
 
-def _train_ranker(
+@contextmanager
+def _ranker_trained(
     log: Interactions,
     catalogue: Items,
     out: Path,
@@ -594,7 +633,8 @@ def _train_ranker(
     minutes: float | None,
     changes: Mapping[str, str] | None,
     reporter: Reporter,
-) -> tuple[LifelongRanker, list[RankingEvaluation]]:
+) -> Iterator[tuple[LifelongRanker, list[RankingEvaluation], dict[str, RankingTask]]]:
+    """A ranker, its evaluation and the requests that select and test. A killed run goes on until the block has ended well."""
     settings = override(recipe, changes or {})
     if minutes is not None:
         settings = override(settings, {"train.minutes": str(minutes)})
@@ -620,14 +660,11 @@ def _train_ranker(
     ranker = LifelongRanker.of(
         learn, settings
     )  # settings that do not go together are refused before anything is left
-    work = _workshop(out, log, catalogue, settings, reporter)
     count = sum(p.numel() for p in ranker.network.parameters())
     reporter.say(f"A ranker with {count / 1e6:.1f} M parameters; a killed run goes on: give the same command")
-    ranker.fit(learn, validation, directory=work, report=_bar(reporter, "requests", "GAUC"))
-    found = ranker.evaluate(test)
-    ranker.save(out, {"validation": validation, "test": test})
-    shutil.rmtree(work, ignore_errors=True)
-    return ranker, found
+    with _workshop(out, log, catalogue, settings, reporter) as work:
+        ranker.fit(learn, validation, directory=work, report=_bar(reporter, "requests", "GAUC"))
+        yield ranker, ranker.evaluate(test), {"validation": validation, "test": test}
 
 
 def cluster_ranker(
@@ -739,6 +776,12 @@ def require_free_ranker(path: Path, overwrite: bool) -> None:
             raise ConfigError(
                 f"{path}, where a ranker stands already", fix="Choose another path, or pass --overwrite"
             )
+    elif is_bundle(path):
+        raise ConfigError(
+            f"{path}, where a bundle stands",
+            rule="A ranker joins a bundle, and takes no bundle's place",
+            fix=f"Pass --into {path}, or choose another path",
+        )
     else:
         require_free(path, overwrite=False)
 
@@ -770,6 +813,26 @@ def _vectors(training: Interactions, catalogue: Items, settings: Recipe) -> tupl
         return text, words
     behaviour = BehaviourVectors(settings.ids.behaviour, seed=settings.ids.seed)
     return replace(text, behaviour=behaviour), behaviour.fit_encode(training, words)
+
+
+def _item_parts(
+    training: Interactions, catalogue: Items, settings: Recipe, work: Path, reporter: Reporter
+) -> tuple[ItemText, np.ndarray, Tokenizer, SemanticIds]:
+    """What is known of items before a network learns: text, vectors (N, D), tokenizer, IDs. Kept in the workshop, for
+    on another number of threads sums would round another way, and checkpoints know their vectors to the last bit."""
+    parts = work / "items"
+    if parts.is_dir():
+        text, tokenizer = ItemText.load(parts / "text"), tokenizers.load(parts)
+        return text, np.load(parts / "vectors.npy"), tokenizer, SemanticIds.load(parts)
+    reporter.say("Making item vectors …")
+    text, vectors = _vectors(training, catalogue, settings)
+    tokenizer, ids = _identify(catalogue, text, vectors, settings.ids, reporter)
+    with written_aside(parts, "vectors.npy") as aside:
+        np.save(aside / "vectors.npy", vectors)
+        text.save(aside / "text")
+        tokenizer.save(aside)
+        ids.save(aside)
+    return text, vectors, tokenizer, ids
 
 
 def _identify(
@@ -819,29 +882,75 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
 
 
+@contextmanager
 def _workshop(
     out: Path, log: Interactions, catalogue: Items, settings: Recipe | LifelongConfig, reporter: Reporter
-) -> Path:
-    """The folder for checkpoints beside `out`, of this very job."""
+) -> Iterator[Path]:
+    """The folder for checkpoints beside `out`, of this very job, and of one process at a time.
+
+    It goes when the block ends well, or before anything was learned; else the next call goes on with it.
+    Raises ConfigError where another job or process has it, StorageError.
+    """
     work = _beside(out, "work")
+    lock = FileLock(work / ".lock", timeout=0)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"a run in {work} that another process is at",
+            rule="One process trains for one place at a time",
+            fix="Wait for it, or end it: then this command goes on where it stopped",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"{work} could not be made: {error}",
+            rule="Checkpoints stand beside what is being made",
+            fix="Choose a place that can be written to",
+        ) from error
+    done = False
+    try:
+        _begin(work, _job(log, catalogue, settings), reporter)
+        yield work
+        done = True
+    finally:
+        if done or not _learned(work):
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+
+
+def _begin(work: Path, job: str, reporter: Reporter) -> None:
+    """Go on with this very job, or begin where nothing was learned. Raises ConfigError for another job."""
+    file = work / "job.json"
+    try:
+        begun = json.loads(file.read_text(encoding="utf-8"))["job"] if file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):  # cut off
+        begun = ""
+    if begun == job:
+        reporter.say(f"Going on with the run in {work}")
+    elif _learned(work):
+        raise ConfigError(
+            f"an unfinished run of other data or settings in {work}",
+            rule="A run goes on with the tables and settings it began with",
+            fix=f"Give the same command again, or delete {work}",
+        )
+    else:
+        shutil.rmtree(work / "items", ignore_errors=True)
+        checkpoint.write_text(file, json.dumps({"job": job}))
+
+
+def _learned(work: Path) -> bool:
+    return any(work.rglob("checkpoint.safetensors"))
+
+
+def _job(log: Interactions, catalogue: Items, settings: Recipe | LifelongConfig) -> str:
+    """Names the data and the settings."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for array in (log.user, log.item, log.time):
+    for array in (log.user, log.item, log.time, hash_ids(log.users)):
         digest.update(np.ascontiguousarray(array).tobytes())
     for table in (log.extra, catalogue.table):
         digest.update(table.hash_rows().to_numpy().tobytes())
-    job = work / "job.json"
-    if job.is_file():
-        if json.loads(job.read_text(encoding="utf-8")).get("job") != digest.hexdigest():
-            raise ConfigError(
-                f"an unfinished run of other data or settings in {work}",
-                rule="A run goes on with the tables and settings it began with",
-                fix=f"Give the same command again, or delete {work}",
-            )
-        reporter.say(f"Going on with the run in {work}")
-        return work
-    work.mkdir(parents=True, exist_ok=True)
-    job.write_text(json.dumps({"job": digest.hexdigest()}), encoding="utf-8")
-    return work
+    return digest.hexdigest()
 
 
 def _bar(

@@ -383,6 +383,17 @@ def test_an_item_twice():
         read_items(pl.DataFrame({"item_id": [5, 6, 5]}))
 
 
+@pytest.mark.parametrize("details", ["{}", "[{}]", '{"size": 1, "more": {}}'])
+def test_objects_without_fields_are_refused_at_once(tmp_path, details):
+    """Parquet, in which items are kept after the training, has none."""
+    file = tmp_path / "items.jsonl"
+    file.write_text(f'{{"item_id": 1, "title": "x", "details": {details}}}\n')
+    with pytest.raises(SchemaError, match=r"the column 'details', of .*Leave the column out"):
+        read_items(file)
+    file.write_text(file.read_text().replace("{}", '{"a": null}'))
+    read_items(file).table.write_parquet(tmp_path / "items.parquet")
+
+
 def test_items_that_the_table_lacks():
     log = read_interactions(LOG)
     items = read_items(pl.DataFrame({"item_id": [40, 10, 30], "title": ["d", "a", "c"]}))

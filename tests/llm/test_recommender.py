@@ -253,7 +253,7 @@ def test_an_echo_moves_nothing_where_an_answer_is_missing(server, model, instead
     assert found.answers == 2
     assert found.order.tolist() == list(range(5))
     lost.append(instead)
-    with pytest.raises(LanguageModelError, match="answered 400|1 of 2 answers that name none"):
+    with pytest.raises(LanguageModelError, match=r"answered 400|1 of 2 answers that name none"):
         Listwise(model).rank(HISTORY, CANDIDATES)
 
 

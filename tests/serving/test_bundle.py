@@ -10,8 +10,10 @@ import pytest
 from tiglon.data.histories import HistoryStore
 from tiglon.data.split import leave_last_out
 from tiglon.errors import (
+    BundleChangedError,
     BundleDamagedError,
     BundleVersionError,
+    CapacityError,
     ConfigError,
     DataError,
     SchemaError,
@@ -20,7 +22,8 @@ from tiglon.errors import (
 from tiglon.evaluation.protocol import evaluate, to_json
 from tiglon.retrieval.neighbours import Repeats
 from tiglon.retrieval.retriever import Retriever
-from tiglon.serving.bundle import Bundle, matching_id, require_free
+from tiglon.serving import bundle as bundles
+from tiglon.serving.bundle import Bundle, matching_id, require_free, revise
 from tiglon.serving.engine import Engine
 from tiglon.serving.messages import RecommendRequest
 from tiglon.types import Vocabulary
@@ -261,6 +264,24 @@ def test_new_items_join_every_retriever_that_takes_them(bundle):
     assert other.items == bundle.items.vocabulary  # the one before is as it was
 
 
+def test_any_number_of_items_without_words_can_join(bundle):
+    """Their vectors are one, so a tokenizer would give all of them the same codes, and their groups are small."""
+    grown = bundle.add_items(pl.DataFrame({"item_id": range(1_000, 1_300), "title": [None] * 300}))
+    assert len(grown.items) == len(bundle.items) + 300
+    ids = grown.tiger.ids.codes
+    np.testing.assert_array_equal(ids[: len(bundle.items)], bundle.tiger.ids.codes)
+    assert len(np.unique(ids, axis=0)) == len(ids)
+    again = bundle.add_items(pl.DataFrame({"item_id": range(1_299, 999, -1), "title": [""] * 300}))
+    assert again.tiger.ids.version == grown.tiger.ids.version
+
+
+def test_a_full_group_says_what_to_do(bundle):
+    digits = bundle.tiger.ids.sizes[-1]
+    twins = pl.DataFrame({"item_id": range(1_000, 1_001 + digits), "title": ["lagoba"] * (digits + 1)})
+    with pytest.raises(CapacityError, match=r"Give items texts that tell them apart, or train anew"):
+        bundle.add_items(twins)
+
+
 def test_items_that_are_known_already_change_nothing(bundle):
     assert bundle.add_items(newcomers(bundle)[1:2]) is bundle
 
@@ -307,6 +328,42 @@ def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):
     assert again.recommend([1, 2, 3], 10) == bundle.recommend([1, 2, 3], 10)
     assert again.items.table.equals(bundle.items.table)
     assert isinstance(again.histories, HistoryStore)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(bundle, copy, monkeypatch):
+    """Else answers would name the old version and come from new networks."""
+    new = bundle.add_items(pl.DataFrame({"item_id": [500], "title": ["x"]}))
+    real, turns = bundles._checked_manifest, []
+
+    def checked(path):
+        manifest = real(path)
+        turns.append(manifest["version"])
+        if len(turns) == 1:
+            new.save(copy)
+        return manifest
+
+    monkeypatch.setattr(bundles, "_checked_manifest", checked)
+    found = Bundle.load(copy)
+    assert len(turns) == 2
+    assert turns[0] == bundle.version != found.version == turns[1]
+    assert len(found.items) == len(bundle.items) + 1
+
+
+def test_two_changes_at_once_are_both_kept(bundle, copy):
+    first, second = (pl.DataFrame({"item_id": [i], "title": ["x"]}) for i in (500, 501))
+    turns = []
+
+    def change(one):
+        turns.append(one)
+        if len(turns) == 1:
+            revise(copy, lambda other: other.add_items(second))
+        return one.add_items(first)
+
+    revise(copy, change)
+    assert len(turns) == 2
+    assert Bundle.load(copy).items.table["item_id"].to_list()[-2:] == [501, 500]
+    with pytest.raises(BundleChangedError, match="A change takes the place of what it was made of"):
+        bundle.add_items(first).save(copy, instead_of=bundle.version)
 
 
 def test_the_manifest_lists_every_file(bundle, bundle_path):

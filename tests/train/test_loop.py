@@ -261,6 +261,25 @@ def test_it_learns_and_reports(tmp_path):
     assert [json.loads(line) for line in lines] == found["history"]
 
 
+def test_the_speed_is_that_of_the_steps_alone(monkeypatch):
+    """Two seconds a batch of five, whatever a validation takes."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(loop, "time", clock)
+    told = []
+
+    def slow(model, batch):
+        clock.now += 2.0
+        return squared(model, batch)
+
+    def validate():
+        clock.now += 1_000.0
+        return 0.0
+
+    train(network(), epoch_batches, slow, validate, CONFIG, report=told.append)
+    assert len(told) == 21
+    assert {progress.examples_per_second for progress in told} == {2.5}
+
+
 # -- schedule ----------------------------------------------------------------------------------------
 
 

@@ -481,8 +481,24 @@ def read_items(source: Table, *, item: str = "item_id") -> Items:
             rule="An item table has one line an item",
             fix="Keep one line of each, for example with unique('item_id')",
         )
+    for name, kind in table.schema.items():
+        if not _storable(kind):
+            raise SchemaError(
+                f"the column '{name}', of {kind}",
+                rule="Items are kept as Parquet, which has no objects without fields",
+                fix="Leave the column out",
+            )
     table = table.drop(item).insert_column(0, ids).sort("item_id")
     return Items(ids_of(source, table["item_id"]), table)
+
+
+def _storable(kind: pl.DataType) -> bool:
+    """Whether Parquet can hold it."""
+    if isinstance(kind, (pl.List, pl.Array)):
+        return _storable(kind.inner)  # type: ignore[arg-type]
+    if isinstance(kind, pl.Struct):
+        return bool(kind.fields) and all(_storable(field.dtype) for field in kind.fields)  # type: ignore[arg-type]
+    return kind != pl.Object
 
 
 class Aligned(NamedTuple):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,22 +37,38 @@ def written_aside(directory: Path, mark: str) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o755)
-        if directory.exists():
+        if not directory.exists():
+            os.replace(aside, directory)
+        elif not _exchanged(aside, directory):
             old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
             os.replace(directory, old / "old")
             try:
                 os.replace(aside, directory)
-            except OSError:
+            except BaseException:
                 os.replace(old / "old", directory)
                 old.rmdir()
                 raise
             shutil.rmtree(old)
-        else:
-            os.replace(aside, directory)
     except OSError as error:
         raise _refused(directory, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders took each other's place, at one moment; not every system can. Raises OSError."""
+    rename = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    )
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _require_replaceable(directory: Path, mark: str) -> None:

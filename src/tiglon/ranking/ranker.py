@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, require_counts, require_dropout, require_weights
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.intersection import PER_FEATURE, intersect
 from tiglon.ranking.tasks import MMoE, Towers, mlp
@@ -95,6 +95,13 @@ class RankerConfig:
     experts: int = 0  # of MMoE or M2M, each with the hidden layers above; 0: all tasks share one bottom
     tower: tuple[int, ...] = ()  # hidden layers of each task's own; none: a linear head
     field_width: int = 16  # to which a crossing layer's fields are projected
+
+    def __post_init__(self) -> None:
+        require_counts(self, "recent", "field_width")
+        require_weights(self, "experts")
+        require_dropout(self)
+        if min((*self.hidden, *self.tower), default=1) < 1:
+            raise ConfigError(f"hidden={self.hidden}, tower={self.tower}", rule="A layer is at least 1 wide")
 
 
 class Ranker(nn.Module):

@@ -42,10 +42,12 @@ from tiglon.data.events import Table, items_as_in, read_items, require_same_type
 from tiglon.data.folders import written_aside
 from tiglon.data.histories import HistoryStore
 from tiglon.data.split import leave_last_out
-from tiglon.data.text import SentenceTransformer, TextEncoder, TfidfSvd, VectorColumn, encode_items
+from tiglon.data.text import SentenceTransformer, TextEncoder, TfidfSvd, VectorColumn, encode_items, render
 from tiglon.errors import (
+    BundleChangedError,
     BundleDamagedError,
     BundleVersionError,
+    CapacityError,
     ConfigError,
     DataError,
     SchemaError,
@@ -126,7 +128,10 @@ class ItemText:
 
     def vectors(self, items: Items) -> np.ndarray:
         """(M, D) float32 of items without events."""
-        words = self.words(items)
+        return self.beside_behaviour(self.words(items))
+
+    def beside_behaviour(self, words: np.ndarray) -> np.ndarray:
+        """(M, D') float32 from those of the text alone, (M, D)."""
         return words if self.behaviour is None else self.behaviour.encode(words)
 
     def words(self, items: Items) -> np.ndarray:
@@ -141,6 +146,12 @@ class ItemText:
                     fix="Install that version, or train anew",
                 )
         return encode_items(items, encoder, self.template).values
+
+    def known(self, items: Items, words: np.ndarray) -> np.ndarray:
+        """(M,) whether an item has any words.   words: its vectors."""
+        if isinstance(self.encoder, VectorColumn):
+            return words.any(axis=1)
+        return np.array([bool(text) for text in render(items, self.template)])
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
@@ -383,6 +394,7 @@ class Bundle:
 
         Their IDs and their vectors come from the frozen tokenizer and encoder; those of known items, and what
         networks learned, stay as they are, and so do the neighbours: they know the items of the training only.
+        An item without words gets codes by its raw id, for nothing says what it is like.
         Items that are known already are left alone. Raises SchemaError, CapacityError.
         """
         old = self.items
@@ -397,9 +409,21 @@ class Bundle:
         joined = Items(Vocabulary(table["item_id"]), table)
         arrivals = Items(Vocabulary(new["item_id"]), new)
         model = copy.copy(self.tiger)
-        vectors = self.text.vectors(arrivals)
+        words = self.text.words(arrivals)
+        vectors = self.text.beside_behaviour(words)
         codes = codes_of(self.tokenizer, vectors, arrivals.vocabulary)
-        model.add_items(joined.vocabulary, codes, vectors)
+        if not isinstance(self.tokenizer, RandomIds):
+            known = self.text.known(arrivals, words)[:, None]
+            by_id = RandomIds(codes.shape[1], self.tokenizer.sizes[0]).encode_keys(arrivals.vocabulary)
+            codes = np.where(known, codes, by_id)
+        try:
+            model.add_items(joined.vocabulary, codes, vectors)
+        except CapacityError as error:
+            raise CapacityError(
+                error.given,
+                rule=error.rule,
+                fix="Give items texts that tell them apart, or train anew with them in the item table",
+            ) from error
         both = np.concatenate([self.vectors, vectors])
         others = {name: _joined(other, joined.vocabulary, vectors) for name, other in self.others.items()}
         return replace(self, items=joined, tiger=model, others=others, vectors=both, manifest={}, path=None)
@@ -416,14 +440,20 @@ class Bundle:
 
     # -- files -------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write the folder, all of it or nothing; a bundle that stands there is replaced. Raises StorageError."""
+    def save(self, path: str | Path, *, instead_of: str | None = None) -> None:
+        """Write the folder, all of it or nothing; a bundle that stands there is replaced.
+
+        instead_of: the version that must stand there then, of which this one was made.
+        Raises StorageError, BundleChangedError.
+        """
         path = Path(path)
         require_free(path, overwrite=True)
         try:
             with written_aside(path, "manifest.json") as aside:
                 self._write(aside)
                 _write_manifest(aside, self._about())
+                if instead_of is not None:
+                    require_version(path, instead_of)
         except StorageError:
             raise
         except (SafetensorError, pa.ArrowException, pl.exceptions.PolarsError) as error:
@@ -478,6 +508,19 @@ class Bundle:
     def load(cls, path: str | Path) -> Bundle:
         """What `save` wrote, with the same answers. Raises BundleDamagedError, BundleVersionError."""
         path = Path(path)
+        before = _manifest(path)
+        try:
+            bundle = cls._load(path)
+        except BundleDamagedError:
+            if _manifest(path) == before:
+                raise
+        else:
+            if _manifest(path) == before:
+                return bundle
+        return cls.load(path)  # another took its place while it was read
+
+    @classmethod
+    def _load(cls, path: Path) -> Bundle:
         manifest = _checked_manifest(path)
         try:
             table = pl.read_parquet(path / "items.parquet", glob=False)  # a path may hold brackets
@@ -614,6 +657,37 @@ def require_bundle(path: Path) -> None:
     )
 
 
+def revise(path: Path, change: Callable[[Bundle], Bundle]) -> tuple[Bundle, Bundle]:
+    """The bundle at `path` before and after a change; made anew where another process changed it meanwhile.
+
+    change: its own argument where there is nothing to change. Raises what it raises, BundleError, StorageError.
+    """
+    while True:
+        old = Bundle.load(path)
+        new = change(old)
+        if new is old:
+            return old, old
+        try:
+            new.save(path, instead_of=old.version)
+        except BundleChangedError:
+            continue
+        return old, new
+
+
+def require_version(path: Path, version: str) -> None:
+    """BundleChangedError where another bundle stands there."""
+    try:
+        found = json.loads(_manifest(path) or "{}").get("version", "none")
+    except ValueError:
+        found = "none"
+    if found != version:
+        raise BundleChangedError(
+            f"version {found} in {path}, where {version} was changed",
+            rule="A change takes the place of what it was made of",
+            fix="Load it again, and change that",
+        )
+
+
 def require_same_log(bundle: HistoryStore, ranker: HistoryStore) -> None:
     """DataError where a ranker's log is not the bundle's."""
     same = bundle.users == ranker.users and bundle.items == ranker.items
@@ -697,6 +771,13 @@ def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
     _flush(path)
     for directory in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         _flush(directory)
+
+
+def _manifest(path: Path) -> str | None:
+    try:
+        return (path / "manifest.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ Letters: B users, T candidates of all of them, R retrievers, F features, N items
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from tiglon.errors import ConfigError, DataError, require_counts
+from tiglon.errors import ConfigError, DataError, require_counts, require_weights
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.neighbours import CatalogueScorer, NeighbourSum
 from tiglon.retrieval.retriever import Retriever, require_k
@@ -68,6 +69,11 @@ class FunnelConfig:
         require_counts(self, "candidates", "dense", "generated")
         if self.users < 2:
             raise ConfigError(f"users={self.users}", rule="Half of the users learn, the others select")
+        if not self.penalties or not all(0 <= one < math.inf for one in self.penalties):
+            raise ConfigError(
+                f"penalties={self.penalties}", rule="There is at least one, each at least 0 and finite"
+            )
+        require_weights(self, "seed")
 
     def gives(self, retriever: Retriever, k: int = 1) -> int:
         """Candidates that a retriever is asked for; k, where that is more and more of them cost it nothing."""

@@ -29,18 +29,19 @@ from filelock import FileLock, Timeout
 
 from tiglon.errors import BundleDamagedError, BundleError, ConfigError, StorageError
 from tiglon.ranking.model import is_ranker
-from tiglon.serving.bundle import Bundle, is_bundle, is_home
+from tiglon.serving.bundle import Bundle, is_bundle, is_home, require_version
 
 PATIENCE = 600.0  # seconds until another publisher counts as stuck
 _VERSION = re.compile(r"[0-9a-f]{16}")
 _ASIDE = ".aside-"
 
 
-def publish(bundle: Bundle | str | Path, home: str | Path) -> Path:
+def publish(bundle: Bundle | str | Path, home: str | Path, *, instead_of: str | None = None) -> Path:
     """Let this bundle answer; its folder in the home. What is published already only moves the pointer.
 
     bundle: in memory, or the folder of one, which is copied, or another home, whose current one is.
-    Raises BundleError where it cannot be read, ConfigError for a home that is a bundle, StorageError; CURRENT is
+    instead_of: the version that must answer until then, of which this one was made.
+    Raises BundleChangedError, BundleError where it cannot be read, ConfigError for a home that is a bundle, StorageError; CURRENT is
     as before then.
     """
     home = Path(home)
@@ -48,6 +49,8 @@ def publish(bundle: Bundle | str | Path, home: str | Path) -> Path:
         bundle = bundle_folder(Path(bundle))
         Bundle.load(bundle)  # what is wrong with it is said of the folder that was given
     with _alone(home), _aside(home) as aside:
+        if instead_of is not None:
+            require_version(current(home), instead_of)
         if isinstance(bundle, Bundle):
             bundle.save(aside / "bundle")
         else:

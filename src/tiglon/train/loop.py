@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tiglon.errors import ConfigError, DataError
+from tiglon.errors import ConfigError, DataError, require_weights
 from tiglon.train import checkpoint, memory
 
 Batch = TypeVar("Batch")
@@ -52,6 +52,9 @@ class TrainConfig:
             )
         if self.lr <= 0 or not 0 <= self.average < 1:
             raise ConfigError(f"lr={self.lr}, average={self.average}", rule="lr > 0 and 0 ≤ average < 1")
+        if not 0 < self.clip < math.inf or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"clip={self.clip}, betas={self.betas}", rule="clip > 0 and 0 ≤ betas < 1")
+        require_weights(self, "final_lr", "warmup", "weight_decay", "seed")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def _train(
             run.seconds = time.monotonic() - began
             share = run.share(total)
             if share >= milestone / config.evaluations or share >= 1.0:
+                paused = time.monotonic()
                 run.evaluate(validate)
+                shown += time.monotonic() - paused
                 began = time.monotonic() - run.seconds  # validation is not training time
                 milestone = math.floor(share * config.evaluations + 1e-9) + 1
                 model.train()

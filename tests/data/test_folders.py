@@ -1,0 +1,57 @@
+"""Folders take each other's place; whoever reads one finds the old or the new."""
+
+import os
+import threading
+
+import pytest
+
+from tiglon.data import folders
+from tiglon.data.folders import written_aside
+
+
+def put(directory, content):
+    with written_aside(directory, "mark") as aside:
+        (aside / "mark").write_text(content)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="renameat2 is Linux's")
+def test_a_reader_finds_a_folder_at_every_moment(tmp_path):
+    place, found, done = tmp_path / "x", [], threading.Event()
+    put(place, "0")
+
+    def look():
+        while not done.is_set():
+            found.append((place / "mark").is_file())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for turn in range(300):
+        put(place, str(turn))
+    done.set()
+    looking.join()
+    assert (place / "mark").read_text() == "299"
+    assert all(found)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_where_folders_cannot_be_exchanged_the_old_one_comes_back(tmp_path, monkeypatch, stop):
+    place, real, turns = tmp_path / "x", os.replace, []
+    put(place, "old")
+    monkeypatch.setattr(folders, "_exchanged", lambda one, other: False)
+
+    def replace(source, target):
+        turns.append(target)
+        if len(turns) == 2:
+            raise stop
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(stop):
+        put(place, "new")
+    monkeypatch.setattr(os, "replace", real)
+    assert (place / "mark").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+    put(place, "new")
+    assert (place / "mark").read_text() == "new"
+    assert os.listdir(tmp_path) == ["x"]
