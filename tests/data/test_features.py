@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -317,6 +318,32 @@ def test_the_store_of_the_features_is_a_history_store(fitted, tmp_path):
     fitted.store(log).save(tmp_path / "lives")
     found = HistoryStore.load(tmp_path / "lives")
     np.testing.assert_array_equal(found.features["price"], fitted.line_codes(log.extra)["price"])
+
+
+def test_the_store_is_of_the_items_and_users_that_were_fitted(fitted, tmp_path):
+    """A dense number means another item, and another user's age, in another log."""
+    log, _ = tables()
+    fitted.save(tmp_path / "features")
+    for features in (fitted, FittedFeatures.load(tmp_path / "features")):
+        assert features.version == fitted.version
+        with pytest.raises(DataError, match="a log of other items than the features know"):
+            features.store(read_interactions(LOG.with_columns(pl.col("item_id") + "2")))
+        fewer, _ = tables(LOG.filter(pl.col("user_id") != "u"))
+        with pytest.raises(DataError, match="a log of other users than the features know"):
+            features.store(fewer)
+    items = read_items(ITEMS)
+    no_users = FeatureSchema(feature for feature in SCHEMA.features if feature.role != "user")
+    fit(no_users, items, log).store(tables(LOG.filter(pl.col("user_id") != "u"))[0])
+    other = fit(SCHEMA, items, log.take(log.user < 1), USERS)
+    assert other.version != fitted.version
+
+
+def test_numbers_are_no_codes(fitted):
+    log, _ = tables()
+    store = fitted.store(log)
+    store = replace(store, features=store.features | {"price": np.full(len(log), 2.6)})
+    with pytest.raises(DataError, match=r"numbers of 'price', float64, where codes are read\. Code them"):
+        fitted.cross_codes(store.before([0]), np.array([10**6]))
 
 
 # -- activity ----------------------------------------------------------------------------------------------

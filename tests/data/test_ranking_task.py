@@ -22,7 +22,7 @@ from tiglon.data.ranking import (
 )
 from tiglon.data.sources import Source, kuairand
 from tiglon.errors import ConfigError, DataError, LeakageError, SchemaError
-from tiglon.types import Histories
+from tiglon.types import Histories, Vocabulary
 
 SCHEMA = FeatureSchema(
     [
@@ -200,7 +200,7 @@ def test_clusters_say_how_many_they_stand_for():
 
 
 def test_the_activity_counts_whole_lives():
-    """Those before the request, however few of them are read; of clusters what they stand for."""
+    """Those before the request, however few of them are read."""
     log, items = log_of()
     features = fit(FeatureSchema([*SCHEMA.features, Feature("activity", "context", "number")]), items, log)
     task = next_basket(log, features, np.bincount(log.item, minlength=len(items)))
@@ -214,11 +214,6 @@ def test_the_activity_counts_whole_lives():
         found = np.concatenate([batch.profile[:, column] for batch in task.batches(7, last=last)])
         np.testing.assert_array_equal(found, coder.of(np.array(before, float)))
     assert not task.profile[:, column].any()  # a batch's codes are its own
-    twos = replace(
-        task.store, features=task.store.features | {"cluster_size": np.full(len(task.store.item), 2)}
-    )
-    clustered = replace(task, store=twos).batches(7)[0].profile[:, column]
-    np.testing.assert_array_equal(clustered, coder.of(2.0 * np.array(before[:7])))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +226,10 @@ def test_the_activity_counts_whole_lives():
         ({"item": lambda t: t.item + 30}, r"a candidate outside −1 … 29"),
         ({"label": lambda t: t.label + 1.5}, r"labels outside 0 … 1\. NaN stands for no label"),
         ({"offsets": lambda t: t.offsets + 1}, "offsets that do not run from 0"),
+        (
+            {"store": lambda t: replace(t.store, items=Vocabulary(range(31)))},
+            "lives of 31 items, where the features know 30. Both are of one catalogue",
+        ),
     ],
 )
 def test_a_task_that_does_not_fit_together_says_so(change, message):
@@ -338,6 +337,12 @@ def test_wrong_wishes_are_refused():
         basket_task(tasks=("next_baskt",))
     with pytest.raises(ConfigError, match="negatives=-1"):
         basket_task(negatives=-1)
+    for requests in (0, -1):
+        with pytest.raises(ConfigError, match=f"requests={requests}"):
+            basket_task(requests=requests)
+        log, items = log_of()
+        with pytest.raises(ConfigError, match=f"requests={requests}"):
+            impressions(log, fit(SCHEMA, items, log), {"x": "quantity"}, requests=requests)
     with pytest.raises(DataError, match=r"no basket to ask for.*Lower `first`"):
         basket_task(first=10_000)
     log, items = log_of()

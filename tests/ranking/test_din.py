@@ -114,6 +114,19 @@ def test_padding_changes_neither_the_result_nor_the_statistics(training):
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_a_column_without_a_candidate_changes_nothing():
+    """Requests of one batch have more or fewer candidates; the last columns of the shorter are padding."""
+    embed, behaviours, found = embedding(), past(2, 4), []
+    counts = code_counts(embed, torch.arange(N + 1))
+    for extra in (0, 5):
+        unit = seasoned_din(embed)
+        unit.l2, unit.counts = 0.1, counts
+        item = torch.cat([ITEM, torch.full((2, extra), -1)], dim=1)
+        read = unit.train()(embed, item, behaviours)
+        found.append((read.vector[:, :3], read.loss, [dice.mean for dice in unit.activation.dice]))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_an_entry_of_size_three_counts_three_times():
     embed = embedding()
     unit, behaviours = seasoned_din(embed), past(2, 3)

@@ -19,6 +19,7 @@ from tiglon.ranking.ranker import RankerConfig
 from tiglon.ranking.units import UNITS, UnitConfig
 from tiglon.train.loop import TrainConfig
 from tiglon.train.multitask import DWA, PCGrad
+from tiglon.types import Vocabulary
 
 SCHEMA = FeatureSchema(
     [
@@ -132,6 +133,44 @@ def test_a_task_of_other_labels_is_refused(ranker, task):
         ranker.evaluate(other)
 
 
+def test_a_checkpoint_of_other_labels_or_lives_is_not_gone_on_with(task, tmp_path):
+    few = task.select(np.arange(60))
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=1))
+    LifelongRanker.of(few, config).fit(few, directory=tmp_path)
+    lives = few.store
+    for other in (
+        dataclasses.replace(few, label=1 - few.label),
+        dataclasses.replace(few, tasks=("a", "b")),
+        dataclasses.replace(few, time=few.time + 1),
+        dataclasses.replace(few, store=dataclasses.replace(lives, item=lives.item[::-1].copy())),
+    ):
+        with pytest.raises(ConfigError, match="a checkpoint of another training"):
+            LifelongRanker.of(other, config).fit(other, directory=tmp_path)
+    with pytest.raises(ConfigError, match="a checkpoint of another training"):
+        LifelongRanker.of(few, config).fit(few, task.select(np.arange(60, 90)), directory=tmp_path)
+
+
+def test_requests_without_a_label_teach_nothing(task):
+    """They are left out, be they alone in a batch or not."""
+    few = task.select(np.arange(60))
+    known = np.arange(0, 60, 5)
+    label = np.full_like(few.label, np.nan)
+    at = np.isin(few.owner, known)
+    label[at] = few.label[at]
+    config = dataclasses.replace(
+        CONFIG, requests=1, train=dataclasses.replace(CONFIG.train, epochs=1, evaluations=1)
+    )
+    sparse = dataclasses.replace(few, label=label)
+    versions = [LifelongRanker.of(t, config).fit(t).version for t in (sparse, sparse.select(known))]
+    assert versions[0] == versions[1]
+
+
+def test_a_task_of_other_features_is_refused(ranker, task):
+    features = dataclasses.replace(task.features, item_codes=np.roll(task.features.item_codes, 1, axis=0))
+    with pytest.raises(DataError, match="a task of other items or features than the ranker's"):
+        ranker.evaluate(dataclasses.replace(task, features=features))
+
+
 # -- scores --------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +261,7 @@ def test_a_user_alone_gets_the_scores_of_a_crowd(ranker):
     ("call", "error", "message"),
     [
         (lambda r: r.predict(["u1"], []), DataError, "0 lists of candidates for 1 users. One list a user."),
+        (lambda r: r.predict(["u1"], ["g0i0"]), DataError, "a string in the place of a list of candidates. One"),
         (lambda r: r.predict(["u1"], [["g0i0"]], [1, 2]), DataError, "(2,) times for 1 users. One time"),
         (lambda r: r.predict(["u1"], [["g0i0"]], task="next_busket"), ConfigError, "no task 'next_busket'. Did you mean 'next_b"),
         (
@@ -491,6 +531,62 @@ def test_clustered_lives_are_saved_and_explained(task, tmp_path):
     found = again.explain("u1", "g1i0", k=3)
     assert 1 <= len(found) <= 3
     assert all(behaviour.item_id.startswith("g1") for behaviour in found)
+
+
+def test_the_activity_of_a_clustered_life_is_that_of_the_life():
+    """However few of its entries are read, and however many behaviours a cap left out."""
+    log, items, _ = align(
+        *(read(table) for read, table in zip((read_interactions, read_items), world(), strict=True))
+    )
+    features = fit(FeatureSchema([*SCHEMA.features, Feature("activity", "context", "number")]), items, log)
+    counts = np.bincount(log.item, minlength=len(items))
+    asked = next_basket(log, features, counts, config=BasketConfig(first=2, negatives=6, day=1))
+    v2 = LifelongRanker.of(asked, dataclasses.replace(CONFIG, long="twin_v2", longest=5))
+    users, candidates = [f"u{i}" for i in range(1, 41)], [["g1i0"]] * 40
+
+    def profile():
+        return np.concatenate([b.profile for b in v2.asked(users, candidates).batches(7, last=5)])
+
+    whole = profile()
+    assert len(np.unique(whole[:, -1])) > 3
+    for config in (ClusterConfig(largest=2), ClusterConfig(largest=2, cap=4)):
+        v2.cluster(config=config)
+        np.testing.assert_array_equal(profile(), whole)
+
+
+def test_longer_histories_take_the_clusters_with_them(task):
+    """A new user who stands between two old ones gives the later ones other dense numbers."""
+    v2 = LifelongRanker.of(task, dataclasses.replace(CONFIG, long="twin_v2"))
+    v2.cluster()
+    users, candidates = [f"u{i}" for i in range(1, 41)], [["g1i0", "g2i3"]] * 40
+    expected = v2.predict(users, candidates)
+    table, items = world()
+    now = int(v2.histories.time.max()) + 1
+    more = pl.DataFrame([("u10b", "g0i0", now, 1.0, 0)], table.columns, orient="row")
+    log, _, _ = align(read_interactions(pl.concat([table, more])), read_items(items))
+    v2.histories = task.features.store(log)
+    assert v2.histories.users != task.store.users
+    np.testing.assert_allclose(v2.predict(users, candidates, now), expected, atol=1e-6)
+
+
+def test_histories_of_other_items_are_refused(task):
+    ranker = LifelongRanker.of(task, CONFIG)
+    kept = ranker.histories
+    other = dataclasses.replace(kept, items=Vocabulary([f"x{i}" for i in range(len(kept.items))]))
+    with pytest.raises(DataError, match="a log of other items than the features know"):
+        ranker.histories = other
+    with pytest.raises(DataError, match="a log of other items than the features know"):
+        LifelongRanker(task.features, other, task.tasks, CONFIG)
+    assert ranker.histories is kept
+
+
+def test_a_label_may_be_named_item(task, tmp_path):
+    named = dataclasses.replace(task, tasks=("item", "item_"))
+    ranker = LifelongRanker.of(named, CONFIG)
+    ranker.save(tmp_path / "ranker", {"test": named})
+    again = LifelongRanker.load(tmp_path / "ranker").requests(tmp_path / "ranker", "test")
+    np.testing.assert_array_equal(again.item, named.item)
+    np.testing.assert_array_equal(again.label, named.label)
 
 
 def test_a_clustered_life_is_not_read_before_it_ends(task):

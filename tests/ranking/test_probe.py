@@ -8,7 +8,7 @@ import torch
 from tiglon.data.events import align, read_interactions, read_items
 from tiglon.data.features import Feature, FeatureSchema, fit
 from tiglon.data.ranking import BasketConfig, next_basket
-from tiglon.errors import ConfigError
+from tiglon.errors import ConfigError, DataError
 from tiglon.ranking.gates import submergence
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.ranking.probe import MOST, probe, stored_requests
@@ -115,3 +115,5 @@ def test_requests_are_made_of_what_is_stored(task):
 def test_what_cannot_be_probed(task):
     with pytest.raises(ConfigError, match=r"no feature 'newcommer' of who asks\. Did you mean 'newcomer'\?"):
         probe(ranker_of(task), task, ["newcommer"])
+    with pytest.raises(DataError, match="a probe with a task of no requests"):
+        probe(ranker_of(task), task.select(np.arange(0)))

@@ -30,6 +30,7 @@ from tiglon.serving.messages import (
     SimilarRequest,
 )
 from tiglon.serving.state import LmdbState
+from tiglon.types import Histories
 
 NOON = 1_600_000_000  # in the bundle's log
 
@@ -648,6 +649,18 @@ def test_the_ranker_reads_new_events_new_items_and_strangers(bundle, ranker, tmp
     engine.pace["ranker"] = 100.0
     assert ask(engine, user_id=3, budget_ms=1000).degraded == ["ranker skipped: time budget"]
     state.close()
+
+
+def test_a_history_without_times_has_just_ended(bundle):
+    """In a log of seconds since 1970 its behaviours would else lie half a century back."""
+    log = bundle.log()
+    log = dataclasses.replace(log, time=log.time + 1_600_000_000)
+    features = fit(ranking_schema(bundle.items, log), bundle.items, log)
+    counts = np.bincount(log.item, minlength=40)
+    task = next_basket(log, features, counts, np.ones(len(log), bool), BasketConfig(first=1))
+    reader = Lifelong(LifelongRanker.of(task, LifelongConfig(long="twin")), bundle.items.vocabulary)
+    asked = reader._task(Histories.of([[1, 2, 3]]), np.array([0, 1]), np.array([5]))
+    assert asked.batches(1)[0].past.gap.tolist() == [[3, 2, 1]]
 
 
 def test_many_lives_at_once_are_read_as_each_alone(bundle, ranker):

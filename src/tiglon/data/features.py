@@ -38,6 +38,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -330,8 +331,8 @@ def fit(
     for feature in schema.of("context"):
         if _of_life(feature):
             coders[ACTIVITY] = Buckets(_quantiles(_earlier(log).astype(np.float64), one, feature.buckets))
-    catalogue = hashlib.sha256(hash_ids(items.vocabulary).tobytes()).hexdigest()[:16]
-    return FittedFeatures(schema, coders, item_codes, user_codes, catalogue)
+    names = _name_of(items.vocabulary), _name_of(log.users)
+    return FittedFeatures(schema, coders, item_codes, user_codes, *names)
 
 
 def _learn(
@@ -407,7 +408,8 @@ class FittedFeatures:
     """A schema with all it learned from training.
 
     coders: one a feature but `item_id`.   item_codes: (N + 1, F) int32, the unknown item last, so that −1
-    finds it.   user_codes: (U + 1, user features) int32, the unknown user last.   catalogue: names the items' ids.
+    finds it.   user_codes: (U + 1, user features) int32, the unknown user last.   catalogue, people: name the ids of
+    items and users; empty in folders from before.
     """
 
     schema: FeatureSchema
@@ -415,6 +417,34 @@ class FittedFeatures:
     item_codes: np.ndarray
     user_codes: np.ndarray
     catalogue: str = ""
+    people: str = ""
+
+    @cached_property
+    def version(self) -> str:
+        """Names all that was learned: 16 hex digits."""
+        digest = hashlib.sha256(json.dumps([asdict(feature) for feature in self.schema.features]).encode())
+        digest.update(self.catalogue.encode() + self.item_codes.tobytes() + self.user_codes.tobytes())
+        for name, coder in self.coders.items():
+            digest.update(name.encode())
+            if isinstance(coder, Buckets):
+                digest.update(coder.boundaries.tobytes())
+            elif isinstance(coder, Categories):
+                digest.update(hash_ids(coder.vocabulary).tobytes())
+            else:
+                digest.update(coder.fingerprint.tobytes())
+        return digest.hexdigest()[:16]
+
+    def require(self, users: Vocabulary, items: Vocabulary) -> None:
+        """DataError for a log of other items, or of other users where there are features of users."""
+        for what, fitted, given in (("items", self.catalogue, items), ("users", self.people, users)):
+            if what == "users" and not self.schema.of("user"):
+                continue
+            if fitted and fitted != _name_of(given):
+                raise DataError(
+                    f"a log of other {what} than the features know",
+                    rule=f"Dense numbers stand for one set of {what}",
+                    fix="Read it with items= of the first, or fit the features anew",
+                )
 
     @property
     def item_sizes(self) -> list[int]:
@@ -464,7 +494,8 @@ class FittedFeatures:
         return codes
 
     def store(self, log: Interactions) -> HistoryStore:
-        """Every life of a log, with the codes of its cross features."""
+        """Every life of a log, with the codes of its cross features. Raises DataError for other items or users."""
+        self.require(log.users, log.items)
         offsets = offsets_of(np.bincount(log.user, minlength=len(log.users)))
         return HistoryStore(log.users, log.items, offsets, log.item, log.time, self.line_codes(log.extra))
 
@@ -482,7 +513,13 @@ class FittedFeatures:
             if isinstance(coder, Buckets) and feature.name == GAP:
                 codes[:, j] = coder.of(gap)
                 continue
-            codes[:, j] = past.features[feature.name]
+            column = past.features[feature.name]
+            if column.dtype.kind not in "iub":
+                raise DataError(
+                    f"numbers of '{feature.name}', {column.dtype}, where codes are read",
+                    fix="Code them with the same features: store.coded(features)",
+                )
+            codes[:, j] = column
             if len(codes) and not 0 <= codes[:, j].min() <= codes[:, j].max() < coder.size:
                 raise DataError(
                     f"codes {codes[:, j].min()} … {codes[:, j].max()} of '{feature.name}'",
@@ -521,6 +558,7 @@ class FittedFeatures:
             "categories": list(categories),
             "crosses": {name: cross.salt for name, cross in crosses.items()},
             "catalogue": self.catalogue,
+            "people": self.people,
         }
         frames = [
             pl.DataFrame({"value": raw}).select(pl.lit(n).alias("feature"), "value")
@@ -560,7 +598,12 @@ class FittedFeatures:
             schema = FeatureSchema(Feature(**feature) for feature in about["features"])
             item_codes = np.load(directory / "item_codes.npy")
             user_codes = np.load(directory / "user_codes.npy")
-            return cls(schema, coders, item_codes, user_codes, about.get("catalogue", ""))
+            names = about.get("catalogue", ""), about.get("people", "")
+            return cls(schema, coders, item_codes, user_codes, *names)
+
+
+def _name_of(ids: Vocabulary) -> str:
+    return hashlib.sha256(hash_ids(ids).tobytes()).hexdigest()[:16]
 
 
 def gaps(past: Histories, time: np.ndarray) -> np.ndarray:

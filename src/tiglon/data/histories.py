@@ -102,6 +102,10 @@ class HistoryStore:
         """(U + 1,) what `Histories.user` calls each user, the stranger last, so that MISSING finds it."""
         return np.append(user_names(self.users), MISSING)
 
+    def behaviours(self, users: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """(B,) how many there are before `time`."""
+        return self.lengths(users, time)
+
     def lengths(
         self,
         users: np.ndarray | Sequence[int],

@@ -45,6 +45,10 @@ class Lives(Protocol):
 
     def lengths(self, users: np.ndarray, time: np.ndarray, last: int | None = None) -> np.ndarray: ...
 
+    def behaviours(self, users: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """(B,) how many there are before `time`, each by itself."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class RankingTask:
@@ -83,6 +87,12 @@ class RankingTask:
                 f"{self.profile.shape[1]} profile codes", rule=f"{len(self.features.profile_sizes)} features"
             )
         items = len(self.features.item_codes) - 1
+        if len(self.store.items) != items:
+            raise DataError(
+                f"lives of {len(self.store.items)} items, where the features know {items}",
+                rule="Both are of one catalogue",
+                fix="Pass log and items through align, and fit the features on what it gives",
+            )
         if C and not MISSING <= self.item.min() <= self.item.max() < items:
             raise DataError(f"a candidate outside −1 … {items - 1}")
         if ((self.label < 0) | (self.label > 1)).any():
@@ -180,22 +190,18 @@ class Batches(Sequence[RankingBatch]):
         return RankingBatch(
             item=_padded(offsets, task.item[of].astype(np.int64), MISSING),
             past=_behaviours(task.features, past, time),
-            profile=torch.from_numpy(_profile(task, rows, past)),
+            profile=torch.from_numpy(_profile(task, rows)),
             label=_padded(offsets, task.label[of], float("nan")),
         )
 
 
-def _profile(task: RankingTask, rows: np.ndarray, past: Histories) -> np.ndarray:
-    """(B, X) int64. The activity counts whole lives; a cluster counts as the behaviours that it stands for."""
+def _profile(task: RankingTask, rows: np.ndarray) -> np.ndarray:
+    """(B, X) int64. The activity counts whole lives, behaviour by behaviour, whatever is read of them."""
     profile = task.profile[rows].astype(np.int64)
     if (column := task.features.activity) is not None:
-        size, coder = past.features.get(CLUSTER_SIZE), task.features.coders[ACTIVITY]
+        coder = task.features.coders[ACTIVITY]
         assert isinstance(coder, Buckets)
-        before = (
-            task.store.lengths(task.user[rows], task.time[rows])
-            if size is None
-            else np.bincount(past.owner, size, minlength=len(rows))
-        )
+        before = task.store.behaviours(task.user[rows], task.time[rows])
         profile[:, column] = coder.of(before.astype(np.float64))
     return profile
 
@@ -249,6 +255,13 @@ class BasketConfig:
                 f"first={self.first}, positives={self.positives}, negatives={self.negatives}, day={self.day}",
                 rule="first and negatives are at least 0, positives and day at least 1",
             )
+        require_requests(self.requests)
+
+
+def require_requests(requests: int | None) -> None:
+    """ConfigError for less than one."""
+    if requests is not None and requests < 1:
+        raise ConfigError(f"requests={requests}", rule="At least one is drawn; None: all")
 
 
 def next_basket(
@@ -545,6 +558,7 @@ def impressions(
     none.   requests: at most, drawn at random.   store: the lives of `log`, where they are already built.
     Nothing else of a candidate's own line is read but its context features. Raises SchemaError, DataError.
     """
+    require_requests(requests)
     require_columns(log.extra.columns, list(labels.values()))
     start = moment_starts(log)
     chosen = np.arange(len(start)) if asked is None else np.flatnonzero(asked[start])

@@ -142,7 +142,9 @@ def with_knowledge(
                 report(min(1.0, (begin + chunk) / len(distinct)))
     said = [answers.get(text) for text in texts]
     table = items.table.with_columns(pl.Series(column, said, dtype=pl.String))
-    return Knowledge(Items(items.vocabulary, table), sum(answer is None for answer in said), model.usage, column)
+    return Knowledge(
+        Items(items.vocabulary, table), sum(answer is None for answer in said), model.usage, column
+    )
 
 
 def _plain(answer: str) -> str | None:

@@ -239,6 +239,10 @@ class ClusterStore:
         entries = leaves + stop - start
         return entries if last is None else np.minimum(entries, last)
 
+    def behaviours(self, users: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """(B,) how many there are before `time`, clustered or not, those that a cap left out with them."""
+        return self.histories.lengths(users, time)
+
     def _raw(
         self, users: np.ndarray | Sequence[int], time: np.ndarray | Sequence[int] | int | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +253,9 @@ class ClusterStore:
                 rule="A leaf holds behaviours up to that moment and cannot be read before it",
                 fix="Cluster with `until` at or before the first request",
             )
+        clustered, all_of = (self.histories.lengths(users, moment) for moment in (self.settings.until, time))
         begin = self.histories.offsets[np.asarray(users, dtype=np.int64)]
-        lengths = self.histories.lengths
-        return begin + lengths(users, self.settings.until), begin + lengths(users, time)
+        return begin + clustered, begin + all_of
 
     # -- kept up ---------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from tiglon.errors import ConfigError, DataError
 from tiglon.nn.dice import Dice
 from tiglon.nn.embedding import FeatureEmbedding
 from tiglon.ranking.ranker import Interest
-from tiglon.types import Behaviours
+from tiglon.types import MISSING, Behaviours
 
 _CELLS = 1 << 19  # numbers between two layers that are held where nothing is kept: 2 MiB, a core's caches
 
@@ -52,11 +52,17 @@ class ActivationUnit(nn.Module):
         )
         self.dice = nn.ModuleList(Dice(width) for width in hidden)
 
-    def forward(self, behaviour_BLE: Tensor, target_BKH: Tensor, mask_BL: Tensor) -> Tensor:
-        """Weights (B, L, K), any sign and size; meaningless on padding."""
+    def forward(
+        self, behaviour_BLE: Tensor, target_BKH: Tensor, mask_BL: Tensor, known_BK: Tensor | None = None
+    ) -> Tensor:
+        """Weights (B, L, K), any sign and size; meaningless on padding.
+
+        known_BK: what is False there is left out of Dice's statistics, as padding is.
+        """
         matrix_BEM, vector_B1M = self.of_candidates(target_BKH)
         if self.training or torch.is_grad_enabled():
-            return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), mask_BL)
+            real = mask_BL[..., None] if known_BK is None else mask_BL[..., None] & known_BK[:, None]
+            return self.rest_of(torch.baddbmm(vector_B1M, behaviour_BLE, matrix_BEM), real)
         # Nothing is kept: some behaviours of one request at a time.
         some = max(1, _CELLS // max(1, matrix_BEM.shape[2]))
         weight_BLK = behaviour_BLE.new_empty(*mask_BL.shape, target_BKH.shape[1])
@@ -65,7 +71,7 @@ class ActivationUnit(nn.Module):
         ):
             parts = zip(e_LE.split(some), mask_L.split(some), weight_LK.split(some), strict=True)
             for e, mask, weight in parts:
-                weight[:] = self.rest_of(torch.addmm(vector, e, matrix), mask)
+                weight[:] = self.rest_of(torch.addmm(vector, e, matrix), mask[..., None])
         return weight_BLK
 
     def of_candidates(self, target_BKH: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,11 +85,11 @@ class ActivationUnit(nn.Module):
         vector_BKF = target_BKH @ (of_v - of_difference).T + self.first.bias
         return for_e_BKFE.flatten(1, 2).mT, vector_BKF.flatten(1)[:, None]
 
-    def rest_of(self, x_M: Tensor, mask: Tensor) -> Tensor:
-        """(…, K·F), behaviours' mask (…) → what the layers after the first make of it, (…, K)."""
+    def rest_of(self, x_M: Tensor, real: Tensor) -> Tensor:
+        """(…, K·F), what counts, (…, 1 or K) → what the layers after the first make of it, (…, K)."""
         x = x_M.unflatten(-1, (-1, self.first.out_features))
         for dice, linear in zip(self.dice, self.rest, strict=True):
-            x = linear(dice(x, mask[..., None]))
+            x = linear(dice(x, real))
         return x.squeeze(-1)
 
 
@@ -116,7 +122,8 @@ class DIN(nn.Module):
 
     def forward(self, embed: FeatureEmbedding, item_BK: Tensor, past: Behaviours) -> Interest:
         behaviour_BLE = torch.cat([embed.inherent(past.item), embed.cross(past.cross).flatten(-2)], dim=-1)
-        weight_BLK = self.activation(behaviour_BLE, embed.inherent(item_BK), past.mask)
+        known_BK = item_BK != MISSING  # no candidate at all, or one that nobody knows
+        weight_BLK = self.activation(behaviour_BLE, embed.inherent(item_BK), past.mask, known_BK)
         weight_BLK = weight_BLK.masked_fill(~past.mask[..., None], 0.0)
         if past.size is not None:
             weight_BLK = weight_BLK * past.size[..., None]
@@ -129,7 +136,7 @@ class DIN(nn.Module):
                     rule="The mini-batch-aware L2 divides by how often a row occurs",
                     fix="Call count(embed, how often each item occurs in the training samples), or set l2=0",
                 )
-            used = torch.cat([item_BK.flatten(), past.item[past.mask]])
+            used = torch.cat([item_BK[known_BK], past.item[past.mask]])
             loss = self.l2 * mini_batch_aware_l2(embed, used, self.counts)
         return Interest(vector_BKE, loss)
 

@@ -96,7 +96,8 @@ class Attended(NamedTuple):
 class LifelongRanker:
     """Scores candidates by a user's whole life.
 
-    features, histories: of training; the histories may be replaced by longer ones of the same items.
+    features, histories: of training; the histories may be replaced by longer ones of the same items, to which the
+    clusters then belong. Raises DataError for histories of other items, or of other users where features are theirs.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class LifelongRanker:
         config: LifelongConfig | None = None,
     ) -> None:
         self.config = c = config or LifelongConfig()
-        self.features, self.histories, self.tasks = features, histories, tuple(tasks)
+        self.features, self.tasks = features, tuple(tasks)
+        self.clusters: ClusterStore | None = None
+        self.histories = histories
         torch.manual_seed(c.train.seed)
         embed = FeatureEmbedding(**features.embedding())
         category = category_of(features, c.unit.category)
@@ -117,7 +120,6 @@ class LifelongRanker:
         trunk = self._trunk if c.gate in TRUNKS else None
         self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate, trunk).eval()
         self.history: dict[str, Any] = {}
-        self.clusters: ClusterStore | None = None
 
     @classmethod
     def of(cls, task: RankingTask, config: LifelongConfig | None = None) -> LifelongRanker:
@@ -151,6 +153,17 @@ class LifelongRanker:
         return self.config.long if self.config.long != "none" else f"recent {self.config.network.recent}"
 
     @property
+    def histories(self) -> HistoryStore:
+        return self._histories
+
+    @histories.setter
+    def histories(self, histories: HistoryStore) -> None:
+        self.features.require(histories.users, histories.items)
+        if self.clusters is not None:
+            self.clusters = self.clusters.onto(histories)
+        self._histories = histories
+
+    @property
     def lives(self) -> Lives:
         """What `predict` reads: the clustered lives where there are any, else every behaviour."""
         return self.histories if self.clusters is None else self.clusters
@@ -179,13 +192,16 @@ class LifelongRanker:
         method: what each label's loss counts, of `train.multitask`, in place of the one that the settings name; then
             the mean GAUC of all labels selects. Without any the mean over all labels is minimised.
         directory: for checkpoints; the same call on the same directory goes on where it stopped.
-        Raises DataError for a task of other labels or items, or with a label that is always 0 or always 1.
+        Raises DataError for a task of other labels, items or features, or with a label that is always 0 or always 1.
         """
         c = self.config
         for given in (task, validation):
             if given is not None:
                 self._require_fit(given)
         _require_both_classes(task)
+        labelled = np.unique(task.owner[~np.isnan(task.label).all(axis=1)])
+        if len(labelled) < len(task):
+            task = task.select(labelled)  # the others teach nothing
         for unit in self._searching():
             unit.use(None, self.network.embed)
         for unit in (self.network.long, self.network.short):
@@ -221,7 +237,9 @@ class LifelongRanker:
             directory,
             report,
             about={
-                "requests_learned": f"{len(task)} requests, checksum {zlib.crc32(task.item.tobytes())}",
+                "labels": self.tasks,
+                "requests_learned": f"{len(task)} requests, checksum {_checksum(task)}",
+                "requests_selecting": "none" if sample is None else f"checksum {_checksum(sample)}",
                 **{key: value for key, value in asdict(c).items() if key != "train"},
                 **({} if method is None else {"method": type(method).__name__}),
             },
@@ -235,9 +253,9 @@ class LifelongRanker:
                 rule=f"This ranker has a head for {', '.join(self.tasks)}",
                 fix="Make a ranker for the task: LifelongRanker.of(task)",
             )
-        if task.store.items != self.histories.items:
+        if task.store.items != self.histories.items or task.features.version != self.features.version:
             raise DataError(
-                "a task of other items than the ranker's",
+                "a task of other items or features than the ranker's",
                 fix="Make a ranker for the task: LifelongRanker.of(task)",
             )
 
@@ -430,6 +448,8 @@ class LifelongRanker:
         if context is None:
             names = self.features.schema.columns("context")
             context = pl.DataFrame({name: [None] * len(users) for name in names})
+        if any(isinstance(given, (str, bytes)) for given in candidates):
+            raise DataError("a string in the place of a list of candidates", rule="One list of ids a user")
         user = store.users.encode(list(users))
         item = store.items.encode([item for given in candidates for item in given])
         return RankingTask(
@@ -507,8 +527,8 @@ class LifelongRanker:
                 user=asked["user"].to_numpy(),
                 time=asked["time"].to_numpy(),
                 offsets=offsets_of(asked["candidates"].to_numpy()),
-                item=candidates["item"].to_numpy(),
-                label=candidates.select(self.tasks).to_numpy().astype(np.float32),
+                item=candidates[:, 0].to_numpy(),
+                label=candidates[:, 1:].select(self.tasks).to_numpy().astype(np.float32),
                 profile=np.load(folder / "profile.npy"),
                 tasks=self.tasks,
             )
@@ -542,6 +562,25 @@ def measure_task(
         for t, title in enumerate(task.tasks)
         if not np.isnan(task.label[:, t]).all()
     ]
+
+
+def _checksum(task: RankingTask) -> int:
+    """Of all that is learned from."""
+    past = task.store.histories if isinstance(task.store, ClusterStore) else task.store
+    assert isinstance(past, HistoryStore)
+    found = zlib.crc32(task.features.version.encode())
+    for array in (
+        task.item,
+        task.label,
+        task.user,
+        task.time,
+        task.offsets,
+        task.profile,
+        past.item,
+        past.time,
+    ):
+        found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
 
 
 def _require_both_classes(task: RankingTask) -> None:
@@ -603,8 +642,11 @@ def _write_requests(task: RankingTask, folder: Path) -> None:
     pl.DataFrame({"user": task.user, "time": task.time, "candidates": counts}).write_parquet(
         folder / "requests.parquet"
     )
-    labels = {name: task.label[:, t] for t, name in enumerate(task.tasks)}
-    pl.DataFrame({"item": task.item, **labels}).write_parquet(folder / "candidates.parquet")
+    labels = pl.DataFrame({name: task.label[:, t] for t, name in enumerate(task.tasks)})
+    name = "item"
+    while name in task.tasks:
+        name += "_"
+    labels.insert_column(0, pl.Series(name, task.item)).write_parquet(folder / "candidates.parquet")
     np.save(folder / "profile.npy", task.profile)
 
 

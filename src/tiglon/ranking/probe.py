@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tiglon.data.ranking import RankingTask
-from tiglon.errors import ConfigError, did_you_mean
+from tiglon.errors import ConfigError, DataError, did_you_mean
 from tiglon.ranking.gates import submergence
 from tiglon.ranking.model import LifelongRanker
 from tiglon.types import MISSING
@@ -44,8 +44,9 @@ def probe(
 ) -> list[Moved]:
     """One line a feature of the user or the context; None: of all that the ranker has.
 
-    requests: of the task, its first; all they have but the feature stays as it is.
-    Raises ConfigError for a feature that the network does not read.
+    requests: of the task, its first, fewer where their lives are very long; all they have but the feature stays as
+        it is.
+    Raises ConfigError for a feature that the network does not read, DataError for a task without a request.
     """
     known = [feature.name for feature in ranker.features.schema.of("user", "context")]
     if not known:
@@ -57,6 +58,8 @@ def probe(
     for name in features or ():
         if name not in known:
             raise ConfigError(f"no feature '{name}' of who asks", fix=did_you_mean(name, known))
+    if not len(task):
+        raise DataError("a probe with a task of no requests", rule="It turns over a feature of some")
     return [_moved(ranker, task, name, known.index(name), requests) for name in features or known]
 
 

@@ -30,7 +30,7 @@ class Lifelong:
         self._users = np.argsort(names)
         self._names = names[self._users]
         times = ranker.histories.time
-        self._oldest, self._newest = int(times.min(initial=0)), int(times.max(initial=-1))
+        self._oldest, self._newest = int(times.min()) if len(times) else 0, int(times.max(initial=-1))
 
     def log_odds(self, lives: Histories, offsets: np.ndarray, item: np.ndarray) -> np.ndarray:
         """(T,) float32 of the first task for dense candidates (T,), of which user b has offsets[b]:offsets[b+1]."""
