@@ -142,6 +142,7 @@ def teach(ranker: LifelongRanker, lives: RankingTask, epochs: int) -> None:
 def clustered(ranker: LifelongRanker, task: RankingTask, by_keys: bool) -> ClusterStore:
     """The lives of a task, by the ranker's item vectors, or keys, and completion."""
     assert isinstance(task.store, HistoryStore)
+    ranker.clusters = None  # those of another world
     ranker.histories = task.store
     groups, config = Groups.by_completion("completion"), ClusterConfig(cap=None)
     return ranker.cluster(

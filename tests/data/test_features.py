@@ -223,9 +223,8 @@ def test_gaps_are_fitted_evenly_in_their_logarithm():
 
 
 def test_nothing_at_or_after_the_request_is_coded(fitted):
-    past = Histories(
-        np.array([0, 2]), np.array([0, 1]), np.array([3, 7]), {"price": np.zeros(2), "channel": np.zeros(2)}
-    )
+    codes = {name: np.zeros(2, np.uint8) for name in ("price", "channel")}
+    past = Histories(np.array([0, 2]), np.array([0, 1]), np.array([3, 7]), codes)
     assert fitted.cross_codes(past, np.array([8])).shape == (2, 3)
     with pytest.raises(LeakageError, match=r"1 behaviours at or after .* HistoryStore\.before"):
         fitted.cross_codes(past, np.array([7]))

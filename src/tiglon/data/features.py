@@ -424,7 +424,7 @@ class FittedFeatures:
         """Names all that was learned: 16 hex digits."""
         digest = hashlib.sha256(json.dumps([asdict(feature) for feature in self.schema.features]).encode())
         digest.update(self.catalogue.encode() + self.item_codes.tobytes() + self.user_codes.tobytes())
-        for name, coder in self.coders.items():
+        for name, coder in sorted(self.coders.items()):
             digest.update(name.encode())
             if isinstance(coder, Buckets):
                 digest.update(coder.boundaries.tobytes())

@@ -159,7 +159,7 @@ class Listwise:
             )
         mean = np.mean(places, axis=0)
         order = np.argsort(mean.round(9), kind="stable")
-        invented, repeated = (sum(said[i] for said in found) for i in (1, 2))
+        invented, repeated = sum(said.invented for said in found), sum(said.repeated for said in found)
         return Ranked(order, mean, single, float(np.mean(bias)), len(places), invented, repeated)
 
 

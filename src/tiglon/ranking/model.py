@@ -97,7 +97,8 @@ class LifelongRanker:
     """Scores candidates by a user's whole life.
 
     features, histories: of training; the histories may be replaced by longer ones of the same items, to which the
-    clusters then belong. Raises DataError for histories of other items, or of other users where features are theirs.
+    clusters then belong. Raises DataError for histories of other items, of other users where features are theirs, or
+    whose past is not the one that was clustered.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ class ItemText:
     def known(self, items: Items, words: np.ndarray) -> np.ndarray:
         """(M,) whether an item has any words.   words: its vectors."""
         if isinstance(self.encoder, VectorColumn):
-            return words.any(axis=1)
+            return np.asarray(words.any(axis=1))
         return np.array([bool(text) for text in render(items, self.template)])
 
     def save(self, directory: Path) -> None:
