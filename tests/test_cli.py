@@ -520,6 +520,10 @@ def test_describe_items_asks_once_and_says_what_it_cost(tiglon, endpoint, tmp_pa
     status, _, err = tiglon(*command)
     assert "1 calls, 1 answers remembered" in err
     assert pl.read_parquet(out)["knowledge"].to_list() == ["White and wet.", "Baked.", "White and wet."]
+    write(items, {"item_id": [1, 2, 3, 4], "title": ["milk", "bread", "milk", "tea"]})
+    status, _, err = tiglon(*command)
+    assert (status, "1 calls, 2 answers remembered" in err) == (0, True)
+    assert pl.read_parquet(out)["item_id"].to_list() == [1, 2, 3, 4]
     assert {headers["Authorization"] for _, headers in endpoint.headers} == {"Bearer secret-key"}
     assert sorted(os.listdir(tmp_path)) == ["items.parquet", "known-answers", "known.parquet"]
 

@@ -87,7 +87,7 @@ def show(bundle: Bundle, console: Console) -> None:
     where = quote(str(bundle.path))
     console.print(
         Text(f"""
-The bundle (version {bundle.version}) lies in {bundle.path}. How to go on:
+The bundle (version {bundle.version}) lies in {bundle.path}. How to go on (. .venv/bin/activate, in a new shell):
   tiglon recommend {where} --user {household} --k 10
   tiglon evaluate {where} --json
   tiglon ids report {where} --plot ids.png

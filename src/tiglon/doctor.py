@@ -45,7 +45,7 @@ def _processor() -> list[Verdict]:
     elif "avx512_bf16" in flags:
         verdicts = [Verdict("ok", "bfloat16", "AVX-512: bfloat16 products are native")]
     else:
-        text = "no native products: training may be faster with --set train.bfloat16=false"
+        text = "no native products: TIGER may learn faster with --set train.bfloat16=false"
         verdicts = [Verdict("note", "bfloat16", text)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if hasattr(os, "getloadavg"):

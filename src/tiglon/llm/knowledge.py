@@ -70,13 +70,13 @@ class Knowledge:
 
 
 def require_free(file: Path, items: Items, column: str = COLUMN) -> None:
-    """ConfigError where something else stands at `file` than what is known of these very items."""
+    """ConfigError where something else stands at `file` than what is known of these items, or of some of them."""
     if not file.exists():
         return
     try:
         schema = pl.read_parquet_schema(file)
         ids = pl.read_parquet(file, columns=["item_id"], glob=False)["item_id"]
-        if column in schema and ids.equals(items.table["item_id"]):
+        if column in schema and ids.is_in(items.table["item_id"].implode()).all():
             return
     except (OSError, PolarsError):
         pass
