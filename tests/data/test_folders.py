@@ -55,3 +55,13 @@ def test_where_folders_cannot_be_exchanged_the_old_one_comes_back(tmp_path, monk
     put(place, "new")
     assert (place / "mark").read_text() == "new"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_link_makes_room_and_what_it_points_to_stays(tmp_path):
+    put(tmp_path / "kept", "old")
+    (tmp_path / "x").symlink_to(tmp_path / "kept")
+    put(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "mark").read_text() == "new"
+    assert not (tmp_path / "x").is_symlink()
+    assert (tmp_path / "kept" / "mark").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["kept", "x"]

@@ -52,6 +52,8 @@ def written_aside(directory: Path, mark: str) -> Iterator[Path]:
     except OSError as error:
         raise _refused(directory, error) from error
     finally:
+        if aside.is_symlink():  # it stood at `directory`; what it points to is not ours
+            aside.unlink()
         shutil.rmtree(aside, ignore_errors=True)
 
 
