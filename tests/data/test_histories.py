@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiglon.data import histories
+from tiglon.data import folders, histories
 from tiglon.data.events import read_interactions
 from tiglon.data.histories import HistoryStore, build_from_parquet
 from tiglon.errors import (
@@ -236,7 +236,8 @@ def test_only_a_store_is_replaced_by_a_store(tmp_path):
     store.save(tmp_path / "store")
 
 
-def test_what_stood_there_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_stood_there_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, at_once):
     store = HistoryStore.build(read_interactions(table_of(random_rows(20))))
     monkeypatch.chdir(tmp_path)
     store.save("store")
@@ -247,7 +248,13 @@ def test_what_stood_there_comes_back_when_the_new_one_cannot_take_its_place(tmp_
             raise OSError(errno.EIO, "the disk")
         real(source, target)
 
+    def exchanged(one, other):
+        if at_once:
+            raise OSError(errno.EIO, "the disk")
+        return False
+
     monkeypatch.setattr(os, "replace", refuse_the_new)
+    monkeypatch.setattr(folders, "_exchanged", exchanged)
     with pytest.raises(StorageError, match="Nothing was changed there"):
         store.save("store")
     assert_same(HistoryStore.load("store"), store)

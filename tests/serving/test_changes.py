@@ -311,7 +311,7 @@ def test_a_bundle_that_cannot_be_taken_up_does_not_keep_removed_items_on_sale(
 def test_of_a_change_that_does_not_fit_a_bundle_all_that_fits_is_taken(bundle_path):
     engine = Engine(Bundle.load(bundle_path))
     before = len(engine.bundle.items)
-    same = [{"item_id": 1000 + n} for n in range(300)]  # without words: one group of IDs, of 256 at most
+    same = [{"item_id": 1000 + n, "title": "same"} for n in range(300)]  # one group of IDs, of 256 at most
     _give(engine, ItemsRequest(add=[*same, {"item_id": 2000, "titel": "x"}, {"item_id": 3, "title": "new"}]))
     added = len(engine.bundle.items) - before
     assert 200 < added <= 256
