@@ -24,9 +24,8 @@ import torch
 from machine import machine, machine_line
 from retrievers import Teller
 from rich.console import Console
-from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of
+from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of, source_of
 
-from tiglon.data.sources import tables
 from tiglon.evaluation.protocol import Retriever, evaluate
 from tiglon.recipes import in_minutes, learn, make_tokenizer
 from tiglon.retrieval.dense import DenseRetriever
@@ -56,7 +55,7 @@ def main() -> None:
     console = Console(width=150)
     console.print(machine_line())
 
-    split, whole = prepare(tables(given.folder))
+    split, whole = prepare(source_of(given.folder))
     held = np.random.default_rng(given.seed).random(len(whole)) < given.share
     numbers = np.argsort(held, kind="stable")  # old items first, then the new ones
     renumbered = np.empty(len(whole), np.int64)

@@ -3,7 +3,7 @@
     python benchmarks/dense.py DATA/amazon2014-beauty [FOLDER …] --out runs/dense.jsonl [--only sasrec,mind]
                                [--minutes 10] [--seeds 0,1,2] [--threads 1] [--no-test] [--users 3000]
 
-FOLDER holds interactions.parquet and items.parquet. Every retriever gets the same vectors (text, with brand and
+FOLDER holds interactions.parquet and items.parquet, or is complete-journey. Every retriever gets the same vectors (text, with brand and
 categories, beside training co-occurrence) and the same minutes of training, its weights are those that are best on
 validation; a row a retriever and seed is appended to --out, and is not run again. Prints Recall and NDCG at 5, 10 and
 20, seen items masked and not, coverage, minutes of training and megabytes of what is saved.
@@ -25,9 +25,8 @@ import torch
 from machine import machine, machine_line
 from rich.console import Console
 from rich.table import Table
-from tiger import Printer, item_vectors, prepare, recipe_of
+from tiger import Printer, item_vectors, prepare, recipe_of, source_of
 
-from tiglon.data.sources import tables
 from tiglon.data.split import Split
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
@@ -97,7 +96,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> tuple[Split, Vocabulary, np.ndarray]:
-    split, items = prepare(tables(folder))
+    split, items = prepare(source_of(folder))
     recipe = recipe_of("tiger", len(split.train), items, {})
     return split, items.vocabulary, item_vectors(split.train, items, recipe)[1]
 

@@ -29,12 +29,11 @@ import polars as pl
 import torch
 from machine import machine, machine_line
 from rich.console import Console
-from tiger import Printer, arguments, changes_of, item_vectors, measure, prepare, recipe_of
+from tiger import Printer, arguments, changes_of, item_vectors, measure, prepare, recipe_of, source_of
 from tiger import run as run_tiger
 
 from tiglon.data.features import ITEM, Feature, FeatureSchema, fit
 from tiglon.data.ranking import BasketConfig, next_basket
-from tiglon.data.sources import tables
 from tiglon.data.split import Split
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
@@ -74,7 +73,7 @@ def main() -> None:
     for row in rows:
         if row not in (*ROWS, TIGER):
             raise ConfigError(f"unknown row '{row}'", fix=did_you_mean(row, (*ROWS, TIGER)))
-    split, items = prepare(tables(given.folder))
+    split, items = prepare(source_of(given.folder))
     first = given.behaviour_minutes or given.minutes / 5
     if first >= given.minutes:
         raise ConfigError(

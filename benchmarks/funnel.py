@@ -24,11 +24,9 @@ import torch
 from baselines import prepare
 from machine import machine, machine_line
 from rich.console import Console
+from tiger import source_of
 
-from tiglon.data.sources import tables
-from tiglon.demo import groceries
 from tiglon.evaluation.protocol import difference, evaluate, table, to_json
-from tiglon.recipes import Reporter
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, Repeats
 from tiglon.retrieval.retriever import Retriever
 from tiglon.retrieval.tiger import Tiger
@@ -40,7 +38,7 @@ METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("data", metavar="FOLDER|complete-journey")
+    arguments.add_argument("data", type=Path, metavar="FOLDER|complete-journey")
     arguments.add_argument("--tiger", type=Path, metavar="DIR")
     arguments.add_argument("--also", type=Path, nargs="+", default=[], metavar="DIR")
     arguments.add_argument("--users", type=int, help="who are tested; default: all")
@@ -51,8 +49,7 @@ def main() -> None:
     arguments.add_argument("--json", type=Path, metavar="FILE")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    source = groceries(Reporter()) if given.data == "complete-journey" else tables(Path(given.data))
-    split, items = prepare(source)
+    split, items = prepare(source_of(given.data))
     test = split.test
     if given.users is not None:
         test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
@@ -66,7 +63,7 @@ def main() -> None:
     config = FunnelConfig(users=given.learn)
     console = Console(width=120, highlight=False)
     console.print(machine_line())
-    report: dict[str, object] = {"machine": machine(), "data": given.data, "learn": given.learn}
+    report: dict[str, object] = {"machine": machine(), "data": str(given.data), "learn": given.learn}
     for masked in [m for m in (True, False) if not (given.shown and m) and not (given.masked and not m)]:
         sources = [*baselines, *([] if masked else [repeats]), *trained]
         began = time.monotonic()

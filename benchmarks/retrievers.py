@@ -28,15 +28,13 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tiger import JOURNEY, source_of
 
-from tiglon.data.sources import tables
-from tiglon.demo import groceries
 from tiglon.evaluation.protocol import to_json
 from tiglon.recipes import DENSE, Reporter, train
 from tiglon.serving.bundle import Bundle, is_bundle
 
 ALL = ",".join((*DENSE, "eager"))
-JOURNEY = "complete-journey"
 MODES = {"masked": "seen items hidden", "unmasked": "seen items shown"}
 METRICS = (
     *(f"{metric}@{k}" for k in (5, 10, 20) for metric in ("recall", "ndcg")),
@@ -86,7 +84,7 @@ def run(data: str, folder: Path, minutes: float, changes: dict[str, str], consol
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bundle"
     if not is_bundle(path):
-        source = groceries(Reporter()) if data == JOURNEY else tables(Path(data))
+        source = source_of(Path(data))
         train(
             source.interactions,
             source.items,

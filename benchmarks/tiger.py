@@ -3,7 +3,7 @@
     python benchmarks/tiger.py DATA/amazon2014-beauty --out runs/beauty-0 [--seed 0] [--minutes 50]
                                [--recipe tiger | tiger_paper] [--tokenizer NAME] [--set train.lr=0.002]
 
-FOLDER holds interactions.parquet and items.parquet. Text is the title (twice), brand and categories, never an
+DATA holds interactions.parquet and items.parquet, or is complete-journey. Text is the title (twice), brand and categories, never an
 id. Prints the validation curve, then TIGER beside the retrievers without training, on all users, seen items
 masked and not, with 95% intervals, and where the time went; --out keeps checkpoints, the model and
 result.json. A killed run goes on when the same command is given again.
@@ -28,8 +28,9 @@ from rich.console import Console
 from tiglon.data.events import align, read_interactions, read_items
 from tiglon.data.sources import Source, tables
 from tiglon.data.split import Split, leave_last_out
+from tiglon.demo import groceries
 from tiglon.evaluation.protocol import Evaluation, Retriever, evaluate, table, to_json
-from tiglon.recipes import RECIPES, Recipe, item_text, make_tokenizer, override
+from tiglon.recipes import RECIPES, Recipe, Reporter, item_text, make_tokenizer, override
 from tiglon.retrieval.behaviour import BehaviourVectors
 from tiglon.retrieval.neighbours import CoOccurrence, NeighbourSum, Popularity, TextNeighbours, text_template
 from tiglon.retrieval.tiger import Tiger
@@ -40,6 +41,7 @@ from tiglon.train.loop import Progress
 from tiglon.types import Interactions, Items
 
 TOKENIZERS = ("residual-kmeans", "rqvae", "lsh", "random")
+JOURNEY = "complete-journey"
 SHORT = {"kmeans": "residual-kmeans"}
 
 
@@ -118,7 +120,7 @@ def run(
     console, stages, machine_before = Console(width=150), Stages(), machine()
     console.print(machine_line())
     with stages.stage("reading"):
-        split, items = prepare(tables(folder))
+        split, items = prepare(source_of(folder))
     recipe = recipe_of(recipe_name, len(split.train), items, changes)
     with stages.stage("vectors"):
         text, vectors = item_vectors(split.train, items, recipe)
@@ -166,6 +168,11 @@ def run(
     if out:
         (out / "result.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
+
+
+def source_of(data: Path) -> Source:
+    """Tables in a folder, or the groceries of the demo by their name."""
+    return groceries(Reporter()) if str(data) == JOURNEY else tables(data)
 
 
 def prepare(source: Source) -> tuple[Split, Items]:

@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
+import torch
 from filelock import FileLock, Timeout
 
 from tiglon.data.events import Table, align, read_interactions, read_items
@@ -62,7 +63,7 @@ from tiglon.evaluation.ranking import RankingEvaluation
 from tiglon.ranking.cluster_store import ClusterStore
 from tiglon.ranking.model import LifelongConfig, LifelongRanker, is_ranker
 from tiglon.ranking.units import NONE, UNITS
-from tiglon.retrieval.behaviour import BehaviourVectors
+from tiglon.retrieval.behaviour import BehaviourVectors, co_occurrence_vectors
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_ids
@@ -531,14 +532,17 @@ def _eager(
         first = replace(first, minutes=0.2 * first.minutes)
     reporter.say("Item vectors of behaviour, for eager")
     directory = directory and directory / "behaviour"
-    if directory:
-        directory.mkdir(exist_ok=True)
-    as_used = behaviour_vectors(
-        training,
-        replace(settings.sasrec, train=first),
-        text=content,
-        directory=directory,
-        report=_bar(reporter),
+    start = _kept(directory and directory / "start.safetensors", lambda: co_occurrence_vectors(training))
+    as_used = _kept(
+        directory and directory / "vectors.safetensors",
+        lambda: behaviour_vectors(
+            training,
+            replace(settings.sasrec, train=first),
+            start=start,
+            text=content,
+            directory=directory,
+            report=_bar(reporter),
+        ),
     )
     vectors = {BEHAVIOUR: as_used}
     if content is None:
@@ -815,11 +819,20 @@ def _vectors(training: Interactions, catalogue: Items, settings: Recipe) -> tupl
     return replace(text, behaviour=behaviour), behaviour.fit_encode(training, words)
 
 
+def _kept(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Vectors, from the file once they are there: checkpoints know them to the last bit, and on another number of
+    threads they would be made otherwise."""
+    if path is None:
+        return make()
+    if not path.exists():
+        checkpoint.save(path, {"vectors": torch.from_numpy(make())}, {})
+    return checkpoint.load(path)[0]["vectors"].numpy()
+
+
 def _item_parts(
     training: Interactions, catalogue: Items, settings: Recipe, work: Path, reporter: Reporter
 ) -> tuple[ItemText, np.ndarray, Tokenizer, SemanticIds]:
-    """What is known of items before a network learns: text, vectors (N, D), tokenizer, IDs. Kept in the workshop, for
-    on another number of threads sums would round another way, and checkpoints know their vectors to the last bit."""
+    """What is known of items before a network learns: text, vectors (N, D), tokenizer, IDs; kept, as by `_kept`."""
     parts = work / "items"
     if parts.is_dir():
         text, tokenizer = ItemText.load(parts / "text"), tokenizers.load(parts)

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleVersionError, ConfigError, DataError, UnknownIdError
@@ -264,6 +265,16 @@ def test_a_bad_k_is_told(fitted, k):
 
 def test_an_item_that_nobody_bought_is_no_error(fitted):
     assert (fitted.retrieve(Histories.of([[N - 1]]), 5).item != N - 1).all()
+
+
+def test_random_numbers_of_others_are_left_alone(factory, fitted, tmp_path):
+    fitted.save(tmp_path / "kept")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    factory(*world(n_items=10, n_users=3))
+    type(fitted).load(tmp_path / "kept")
+    assert torch.rand(1) == expected
 
 
 def test_saved_and_loaded_it_answers_the_same(fitted, histories, tmp_path):

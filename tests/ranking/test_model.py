@@ -515,8 +515,8 @@ def test_lives_are_clustered_by_what_the_search_compares(task):
     assert by_keys.settings.vectors.startswith(f"ranker {v2.version} keys ")
     assert purity(by_keys) == 1
     assert purity(v2.cluster(config=ClusterConfig(largest=4))) < 1
-    with pytest.raises(ConfigError, match="'mean_pooling' has no keys"):
-        LifelongRanker.of(task, dataclasses.replace(CONFIG, long="mean_pooling")).cluster(by_keys=True)
+    with pytest.raises(ConfigError, match="clustered lives for 'mean_pooling'"):
+        LifelongRanker.of(task, dataclasses.replace(CONFIG, long="mean_pooling")).cluster()
 
 
 def test_clustered_lives_are_saved_and_explained(task, tmp_path):

@@ -46,7 +46,7 @@ class RedisServer:
     def wait(self):
         import redis
 
-        client, deadline = redis.Redis.from_url(self.url), time.monotonic() + 20
+        client, deadline = redis.Redis.from_url(self.url), time.monotonic() + 200
         while True:
             try:
                 if client.ping():

@@ -112,14 +112,15 @@ class LifelongRanker:
         self.features, self.tasks = features, tuple(tasks)
         self.clusters: ClusterStore | None = None
         self.histories = histories
-        torch.manual_seed(c.train.seed)
-        embed = FeatureEmbedding(**features.embedding())
         category = category_of(features, c.unit.category)
-        long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
         cross = None if c.cross == NONE else CROSSES[c.cross]
         gate = self._gate if c.gate in GATES else None
         trunk = self._trunk if c.gate in TRUNKS else None
-        self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate, trunk).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(c.train.seed)
+            embed = FeatureEmbedding(**features.embedding())
+            long, short = (make_unit(name, embed, c.unit, category) for name in (c.long, c.short))
+            self.network = Ranker(embed, long, short, self.tasks, c.network, cross, gate, trunk).eval()
         self.history: dict[str, Any] = {}
 
     @classmethod
@@ -297,12 +298,14 @@ class LifelongRanker:
         10^5 and more the search then finds more of what decides (docs/log.md).
         """
         embed, unit = self.network.embed, self.network.long
+        if not isinstance(unit, TwinV2):
+            raise ConfigError(
+                f"clustered lives for '{self.name}'",
+                rule="It would count a virtual item as one behaviour; twin_v2 knows how many it stands for",
+                fix="Train twin_v2",
+            )
         with torch.inference_mode():
             if by_keys:
-                if not isinstance(unit, TwinV2):
-                    raise ConfigError(
-                        f"'{self.name}' has no keys", fix="Cluster by item vectors, or use twin_v2"
-                    )
                 table = unit.keys(embed, torch.arange(len(embed.item_codes))).flatten(1)
             else:
                 table = embed.catalogue()

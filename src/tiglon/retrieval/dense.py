@@ -84,8 +84,9 @@ class DenseRetriever(Retriever):
         if vectors is not None:
             vectors = item_matrix(vectors, len(items))
         self.items, self.config = items, config or self.Config()
-        torch.manual_seed(self.config.train.seed)
-        self.network = self._network(vectors).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.train.seed)
+            self.network = self._network(vectors).eval()
         self._searched: tuple[torch.Tensor, np.ndarray, Index] | None = None
 
     @abc.abstractmethod

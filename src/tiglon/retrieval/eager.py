@@ -136,6 +136,7 @@ def behaviour_vectors(
     interactions: Interactions,
     config: SasRecConfig | None = None,
     *,
+    start: np.ndarray | None = None,
     text: np.ndarray | None = None,
     directory: Path | None = None,
     report: Callable[[Progress], None] | None = None,
@@ -143,10 +144,12 @@ def behaviour_vectors(
     """E^b: (N, C) item vectors that a SASRec learns from training events alone, beginning at what is used together
     (`co_occurrence_vectors`), which is all that is known of an item with few events; the last weights.
 
-    interactions: the training events alone.   text: (N, C') semantic vectors; an item that nobody used has the mean
+    interactions: the training events alone.   start: (N, C), made before, for a checkpoint knows them to the last
+        bit, and another number of threads rounds another way.   text: (N, C') semantic vectors; an item that nobody used has the mean
         vector of those most like it, as items that arrive later have.   directory, report: as `Eager.fit` takes them.
     """
-    model = SasRec(interactions.items, config, co_occurrence_vectors(interactions))
+    start = co_occurrence_vectors(interactions) if start is None else start
+    model = SasRec(interactions.items, config, start)
     model.fit(interactions, directory=directory, report=report)
     vectors = model.vectors()
     used = np.bincount(interactions.item, minlength=len(vectors)) > 0
@@ -285,23 +288,24 @@ class Eager(Retriever):
     def _assemble(self, widths: Mapping[str, int], vectors: Mapping[str, np.ndarray] | None = None) -> None:
         """A new network, with tasks where there are vectors to learn from. widths: C by stream."""
         c = self.config
-        torch.manual_seed(c.train.seed)
-        streams = {
-            name: Stream(
-                system.ids.sizes,
-                c.model,
-                system.ids.codes[: self.fitted_items],
-                None if vectors is None else vectors[name],
-                widths.get(name, 0),
-            )
-            for name, system in self.systems.items()
-        }
-        transfer = c.transfer > 0 and len(streams) == 2
-        tasks = None
-        if vectors is not None and (c.contrast > 0 or transfer):
-            contrast = c.contrast_loss if c.contrast > 0 else None
-            tasks = Tasks(streams, widths, contrast, transfer, c.task_share)
-        self.network = EagerNetwork(c.model, streams, tasks).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(c.train.seed)
+            streams = {
+                name: Stream(
+                    system.ids.sizes,
+                    c.model,
+                    system.ids.codes[: self.fitted_items],
+                    None if vectors is None else vectors[name],
+                    widths.get(name, 0),
+                )
+                for name, system in self.systems.items()
+            }
+            transfer = c.transfer > 0 and len(streams) == 2
+            tasks = None
+            if vectors is not None and (c.contrast > 0 or transfer):
+                contrast = c.contrast_loss if c.contrast > 0 else None
+                tasks = Tasks(streams, widths, contrast, transfer, c.task_share)
+            self.network = EagerNetwork(c.model, streams, tasks).eval()
 
     # -- learning ------------------------------------------------------------------------------
 

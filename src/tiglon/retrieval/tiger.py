@@ -87,17 +87,18 @@ class Tiger(Retriever):
             vectors = item_matrix(vectors, len(ids))
         self.fitted_items = len(ids)
         self._digest = None if vectors is None else checksum(vectors)
-        torch.manual_seed(self.config.train.seed)
-        self.network: CausalTiger | PaperTiger = (
-            PaperTiger(ids.sizes, self.config.model)
-            if isinstance(self.config.model, PaperConfig)
-            else CausalTiger(
-                ids.sizes,
-                self.config.model,
-                ids.codes[self.trained],
-                None if vectors is None else vectors[self.trained],
-            )
-        ).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.train.seed)
+            self.network: CausalTiger | PaperTiger = (
+                PaperTiger(ids.sizes, self.config.model)
+                if isinstance(self.config.model, PaperConfig)
+                else CausalTiger(
+                    ids.sizes,
+                    self.config.model,
+                    ids.codes[self.trained],
+                    None if vectors is None else vectors[self.trained],
+                )
+            ).eval()
 
     @cached_property
     def _codes(self) -> Tensor:
@@ -368,7 +369,8 @@ class Tiger(Retriever):
             self.fitted_items = about["fitted_items"]
             if isinstance(model, CausalConfig) and model.prefixes:
                 width = len(tensors.get("prefixes.mean", ()))
-                network = CausalTiger(self.ids.sizes, model, self.ids.codes[trained], content_width=width)
-                self.network = network.extended(self.ids.codes[self.fitted_items :], None).eval()
+                with torch.random.fork_rng(devices=[]):  # to be overwritten
+                    network = CausalTiger(self.ids.sizes, model, self.ids.codes[trained], content_width=width)
+                    self.network = network.extended(self.ids.codes[self.fitted_items :], None).eval()
             self.network.load_state_dict(tensors)
         return self

@@ -90,7 +90,7 @@ def train(
     Raises DataError where there is nothing to learn from or a loss is not finite, ConfigError for a checkpoint of another run,
     BundleDamagedError for a damaged one, StorageError where the disk refuses.
     """
-    with memory.kept():
+    with memory.kept(), torch.random.fork_rng(devices=[]):
         try:
             return _train(model, epoch_batches, loss_fn, validate, config, directory, report, about or {})
         finally:
