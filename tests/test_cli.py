@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -392,10 +393,13 @@ def test_data_inspect_and_validate(tiglon, world_tables, tmp_path):
     bad = write(tmp_path / "bad.parquet", {"user_id": [1], "item": [2], "timestamp": [-3]})
     status, out, _ = tiglon("data", "validate", bad)
     assert status == 1
-    assert "The column is missing. Did you mean 'item'?" in out and "negative" in out  # noqa: PT018
+    assert "The column is missing. Rename 'item' to 'item_id'." in out and "negative" in out  # noqa: PT018
 
 
 def test_data_get_knows_its_sets(tiglon):
+    status, out, _ = tiglon("data", "get")
+    assert status == 0
+    assert "ml-1m                   6 MB" in out.splitlines()
     status, _, err = tiglon("data", "get", "amazon-beuty")
     assert status == 1
     assert err == "error: no data set named 'amazon-beuty'. Did you mean 'amazon-beauty'?\n"
@@ -599,6 +603,17 @@ def test_files_that_are_none(train, tmp_path):
     assert "an empty file" in train(tmp_path / "empty.csv")[2]
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is none")
     assert "cannot be read as parquet" in train(tmp_path / "broken.parquet")[2]
+
+
+def test_a_stopped_training_says_so_and_goes_on(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "with_funnel", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        status, _, err = train()
+    assert status == 130
+    assert err.splitlines()[-1] == "Stopped. A training goes on when the same command is given again."
+    status, out, err = train()
+    assert status == 0
+    assert "Going on with the run in " in out + err
 
 
 def test_items_without_text_and_shuffled_rows_and_duplicates_are_taken(train, world_tables, tmp_path):

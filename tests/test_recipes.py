@@ -135,6 +135,16 @@ def test_repeats_are_counted_within_a_user():
     assert repeat_share(read_interactions(table)) == pytest.approx(1 / 5)
 
 
+def test_what_is_odd_in_a_log_is_said_in_training_too():
+    times = [1_700_000_000, 1_700_000_000, 1_700_000_001_000]
+    log = pl.DataFrame({"user_id": ["1", "1", "NaN"], "item_id": [7, 7, 8], "timestamp": times})
+    listener = Listener()
+    recipes._read(log, pl.DataFrame({"item_id": [7, 8]}), listener)
+    assert "1 lines repeat a user, item and time; the first of each stays" in listener.lines
+    assert any("Warning: time: two units are mixed: 1700000000 is 2023" in line for line in listener.lines)
+    assert any("Warning: user_id: 1 of the ids, such as 'NaN', may" in line for line in listener.lines)
+
+
 # -- the job ---------------------------------------------------------------------------------------------
 
 
@@ -150,7 +160,8 @@ def test_training_says_what_it_does_and_leaves_nothing_beside_the_bundle(world_t
         reporter=listener,
     )
     said = "\n".join(listener.lines)
-    assert "1 items of the log are not in the item table; they join it without text" in said
+    share = 1 / (log.height + 1)
+    assert f"1 items of the log ({share:.1%} of the events) are not in the item table, such as 999" in said
     assert "seen items are not recommended again" in said
     assert ("testing tiger", 1.0) in listener.shares
     assert listener.shares[-1] == ("testing funnel", 1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from shlex import quote
@@ -69,6 +70,10 @@ def main() -> None:
     except TiglonError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:
+            print("Stopped. A training goes on when the same command is given again.", file=sys.stderr)
+        raise
 
 
 @app.command()
@@ -94,12 +99,17 @@ def doctor() -> None:
 
 @data.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="A public set; an unknown name lists them.")],
+    name: Annotated[str | None, typer.Argument(help="A public set; without one they are listed.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default the name.")] = None,
 ) -> None:
     """Fetch a public set, showing size, terms and checksum, and write it as two tables."""
     from tiglon.data.sources import SOURCES, fetch
 
+    if name is None:
+        for known, remote in SOURCES.items():
+            sizes = ", ".join(file.size or "size not stated" for file in remote.files)
+            _say(f"{known:<24}{sizes or 'nothing to fetch'}")
+        return
     folder = out or Path(name)
     raw = fetch(name, folder / "raw", echo=_say)
     SOURCES[name].save(raw, folder / "tables")

@@ -93,8 +93,15 @@ class MissingExtraError(TiglonError, ImportError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A `fix` sentence: the closest known word, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}"
+    close = closest(word, known)
+    return f"Did you mean '{close}'?" if close else f"Known: {', '.join(known)}"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is written most like it, whatever its case, if one is."""
+    plain = {name.lower(): name for name in sorted(known)}
+    close = difflib.get_close_matches(word.lower(), plain, n=1)
+    return plain[close[0]] if close else None
 
 
 def require_counts(settings: Any, *names: str) -> None:

@@ -35,10 +35,11 @@ import polars as pl
 import torch
 from filelock import FileLock, Timeout
 
-from tiglon.data.events import Table, align, read_interactions, read_items
+from tiglon.data.events import Table, align, ids_of, read_interactions, read_items, read_table
 from tiglon.data.features import ACTIVITY, GAP, ITEM, Feature, FeatureSchema, Role, fit
 from tiglon.data.folders import written_aside
 from tiglon.data.histories import CLUSTER_SIZE, HistoryStore
+from tiglon.data.inspect import odd_ids, time_span
 from tiglon.data.ranking import (
     NEXT_BASKET,
     QUANTITY_2,
@@ -791,11 +792,21 @@ def require_free_ranker(path: Path, overwrite: bool) -> None:
 
 
 def _read(interactions: Table, items: Table, reporter: Reporter) -> tuple[Interactions, Items]:
-    log, catalogue, unknown = align(read_interactions(interactions), read_items(items))
+    table = read_table(interactions, ids=("user_id", "item_id"))
+    log = read_interactions(table)
+    log = replace(log, items=ids_of(interactions, log.items.raw))
+    log, catalogue, unknown = align(log, read_items(items))
     reporter.say(f"{len(log):,} events, {len(log.users):,} users, {len(catalogue):,} items")
+    if repeated := table.height - len(log):
+        reporter.say(f"{repeated:,} lines repeat a user, item and time; the first of each stays")
+    for doubt in (*odd_ids(table["user_id"]), *odd_ids(table["item_id"]), time_span(log, pl.Int64())):
+        if doubt.level == "warning":
+            reporter.say(f"Warning: {doubt.subject}: {doubt.text}")
     if unknown:
+        events = np.isin(log.item, catalogue.vocabulary.encode(pl.Series(unknown))).mean()
         reporter.say(
-            f"{len(unknown):,} items of the log are not in the item table; they join it without text"
+            f"{len(unknown):,} items of the log ({events:.1%} of the events) are not in the item table, such as "
+            f"{unknown[0]!r}; they join it without text"
         )
     return log, catalogue
 

@@ -100,6 +100,20 @@ def test_files_that_cannot_be_read(tmp_path):
         read_table(tmp_path / "log.parquet")
     with pytest.raises(SchemaError, match=r"a table of type dict"):
         read_table({"user_id": [1]})
+    with pytest.raises(DataError, match=r"which is a folder. A table is one file. Join its files first"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_other_encodings_are_told(tmp_path, encoding, ending):
+    raw = ("\ufeff" if encoding == "utf-16-le" else "").encode("utf-16-le") + "item_id,title\n1,é\n".encode(
+        encoding
+    )
+    path = tmp_path / f"items.{ending}"
+    path.write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
+    with pytest.raises(DataError, match=r"Save it as UTF-8"):
+        read_items(path)
 
 
 def test_blank_lines_of_a_csv_are_none(tmp_path):
@@ -146,6 +160,22 @@ def test_a_bad_line_of_json_is_named(tmp_path, bad):
     assert str(error.value).endswith("Each line of a .jsonl is one JSON object. Correct that line.")
 
 
+def test_two_columns_of_one_name(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,item_id,timestamp\n1,2,3,4\n")
+    with pytest.raises(SchemaError, match=r"with two columns 'item_id'. Each column has a name of its own"):
+        read_interactions(tmp_path / "log.csv")
+
+
+def test_numbers_and_strings_of_one_json_column_are_two_ids(tmp_path):
+    path = tmp_path / "log.jsonl"
+    line = '{{"user_id": {}, "item_id": "a", "timestamp": 1, "note": {{"user_id": 5, "t": "\\"user_id\\": 6"}}}}\n'
+    path.write_text(line.format('"1"') + line.format('"2"'))
+    assert read_interactions(path).users.raw.to_pylist() == ["1", "2"]
+    path.write_text(line.format('"1"') + line.format("1"))
+    with pytest.raises(SchemaError, match=r"column 'user_id' of .* mixes strings and numbers, such as 1\."):
+        read_interactions(path)
+
+
 def test_a_pandas_column_of_mixed_types():
     with pytest.raises(SchemaError, match=r"Each column holds values of one type"):
         read_table(pd.DataFrame({"user_id": [1, "a", {}]}))
@@ -155,8 +185,14 @@ def test_a_pandas_column_of_mixed_types():
 
 
 def test_a_missing_column_and_its_neighbour():
-    with pytest.raises(SchemaError, match=r"no column 'timestamp'\..*Did you mean 'timestmp'\?"):
+    with pytest.raises(SchemaError, match=r"no column 'timestamp'\..*Rename 'timestmp' to 'timestamp'\."):
         read_interactions(LOG.rename({"timestamp": "timestmp"}))
+    with pytest.raises(SchemaError, match=r"Rename 'USER_ID' to 'user_id'\."):
+        read_interactions(LOG.rename({"user_id": "USER_ID"}))
+    with pytest.raises(
+        SchemaError, match=r"Rename the column that holds it, of sku, timestamp, user_id, to 'item_id'\."
+    ):
+        read_interactions(LOG.select("user_id", "timestamp", pl.col("item_id").alias("sku")))
 
 
 @pytest.mark.parametrize("column", ["user_id", "item_id", "timestamp"])
@@ -259,6 +295,10 @@ def test_times_become_integers(times, expected):
         (["1970-01-01", "1970-02-30"], "strings that are no dates, such as '1970-02-30'"),
         (["1970-01-01", ""], "strings that are no dates, such as ''"),
         (["1970-01-01", "01/02/2024"], r"such as '01/02/2024'\..* ISO 8601.*with the year first"),
+        (
+            ["1700000000", "timestamp"],
+            "'t' mixes whole numbers, such as '1700000000', and strings, such as 'timestamp'",
+        ),
         (["05-01-2024"], "strings that are no dates, such as '05-01-2024'"),
         (["1970-01-01T00:00Z", "05-01-2024"], "strings that are no dates, such as '05-01-2024'"),
         (
@@ -331,8 +371,8 @@ def written(tmp_path):
     "log_ids, item_ids, all_ids",
     [
         (["0036", "A21"], ["5001", "301", "A21"], ["0036", "301", "5001", "A21"]),
-        (["0036", "A21"], ["5001", "301"], ["0036", "301", "5001", "A21"]),
-        (["5001", "301"], ["0036", "A21"], ["0036", "301", "5001", "A21"]),
+        (["0036", "301"], ["5001", "301"], ["0036", "301", "5001"]),
+        (["5001", "301"], ["0036", "301"], ["0036", "301", "5001"]),
         (["5001", "301"], ["77", "301"], [77, 301, 5001]),
     ],
 )
@@ -413,6 +453,16 @@ def test_items_that_the_table_lacks():
         align(log, items, unknown="error")
     with pytest.raises(ConfigError, match=r"It is 'error', 'drop' or 'add'"):
         align(log, items, unknown="ignore")
+
+
+@pytest.mark.parametrize("unknown", ["add", "drop", "error"])
+def test_tables_that_share_no_item_are_told(unknown):
+    log = read_interactions(pl.DataFrame({"user_id": [1, 1], "item_id": ["01", "02"], "timestamp": [1, 2]}))
+    items = read_items(pl.DataFrame({"item_id": ["1", "2"]}))
+    with pytest.raises(
+        DataError, match="no item of the log is in the item table: '01' in the log, '1' in the table"
+    ):
+        align(log, items, unknown=unknown)
 
 
 def test_an_empty_table_lacks_every_item():

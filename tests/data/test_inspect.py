@@ -2,6 +2,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tiglon.data.events import floats_once
 from tiglon.data.inspect import Verdict, inspect, is_valid
 from tiglon.data.synthetic import synthetic
 
@@ -115,6 +116,20 @@ def test_all_faults_show_at_once():
     assert {v.subject for v in verdicts if v.level == "fatal"} == {"user_id", "timestamp"}
 
 
+def test_strings_that_may_be_no_ids_are_doubted():
+    log = pl.DataFrame(
+        {"user_id": ["1", "NULL", "2 "], "item_id": ["na", "nano", "b"], "timestamp": [1, 2, 3]}
+    )
+    doubted = [
+        (v.subject, v.text) for v in inspect(log) if v.level == "warning" and v.subject.endswith("_id")
+    ]
+    assert doubted == [
+        ("user_id", "1 of the ids, such as 'NULL', may stand for no id; then leave these lines out"),
+        ("user_id", "1 of the ids, such as '2 ', begin or end with a blank, which is a part of the id"),
+        ("item_id", "1 of the ids, such as 'na', may stand for no id; then leave these lines out"),
+    ]
+
+
 @pytest.mark.parametrize(
     "items, subject, text",
     [
@@ -161,4 +176,22 @@ def test_csv_ids_beside_strings(tmp_path):
 
 def test_ids_of_a_csv_are_no_floats(tmp_path):
     LOG.with_columns(user_id=pl.Series(["1e5", "2e5", *["3e5"] * 5])).write_csv(tmp_path / "log.csv")
-    assert found(inspect(tmp_path / "log.csv"))["user_id"].text == "String, no nulls, 3 distinct"
+    user = [v for v in inspect(tmp_path / "log.csv") if v.subject == "user_id"]
+    assert [(v.level, v.text.partition("; ")[0]) for v in user] == [
+        ("ok", "String, no nulls, 3 distinct"),
+        ("warning", "7 of the ids, such as '1e5', look like floats, which may have made one id of several"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "ids, odd",
+    [
+        (["1", "5.0"], 1),
+        (["-5.00", "1.00E+12"], 2),
+        (["1.5", "2.0"], 0),
+        (["a", "1e5"], 0),
+        (["007", "1.0"], 0),
+    ],
+)
+def test_ids_that_were_floats_are_doubted(ids, odd):
+    assert len(floats_once(pl.Series(ids))) == odd

@@ -119,7 +119,10 @@ def test_a_slow_answer_ends_at_the_deadline(server, where):
 
 
 def test_nobody_there():
-    with pytest.raises(LanguageModelError, match="ConnectionRefusedError"):
+    with pytest.raises(
+        LanguageModelError,
+        match=r"no answer from 127\.0\.0\.1:1: ConnectionRefusedError.*Start what answers there",
+    ):
         Endpoint("http://127.0.0.1:1/v1", "tiny").complete(HELLO)
 
 

@@ -148,6 +148,10 @@ def test_ids_typed_on_a_command_line_take_the_vocabularys_type():
     assert matching_id(Vocabulary(["Müller", "007"]), "007") == "007"
     with pytest.raises(UnknownIdError, match=r"the id 'x'\. Ids here are whole numbers, such as 5\."):
         matching_id(Vocabulary([5]), "x")
+    for other in ("05", " 5", "+5", "1_0", "٥", "-0"):
+        with pytest.raises(UnknownIdError, match="Ids here are whole numbers"):
+            matching_id(Vocabulary([5]), other)
+    assert matching_id(Vocabulary([5]), "-5") == -5
     for vocabulary, text in (
         (Vocabulary(["a"]), ""),
         (Vocabulary(["a"]), "x" * 257),

@@ -147,6 +147,17 @@ def test_denied_items_never_come_and_others_take_their_place(engine):
     assert first[3] in answer
 
 
+def test_unknown_items_among_the_denied_and_allowed_are_told(engine):
+    first = ids(ask(engine, user_id=3, k=5))
+    answer = ask(engine, user_id=3, k=5, deny=[str(first[0])])
+    assert ids(answer) == first
+    assert answer.degraded == ["1 of the denied items unknown: left out"]
+    assert ask(engine, user_id=3, k=5, allow=[first[0], 4444, "x"]).degraded == [
+        "2 of the allowed items unknown: left out"
+    ]
+    assert ask(engine, user_id=3, k=5, deny=first[:1], allow=first).degraded == []
+
+
 def test_only_allowed_items_come(engine):
     allowed = ids(ask(engine, user_id=3, k=30))[-4:]
     answer = ask(engine, user_id=3, k=10, allow=[*allowed, "unknown"])

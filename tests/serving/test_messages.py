@@ -92,6 +92,7 @@ def test_events_are_sent_with_ids_within_their_bounds(given, message):
     "given, message",
     [
         ({}, "neither items to add nor items to remove"),
+        ({"add": [{"item_id": 5}], "remove": [4, 5]}, "the item 5 to add and to remove"),
         ({"add": [{"title": "x"}]}, r"add\[0\] has the item_id None; it is a whole number or a string"),
         ({"add": [{"item_id": 1}, {"item_id": True}]}, r"add\[1\] has the item_id True"),
         ({"add": [{"item_id": 1.5}]}, r"add\[0\] has the item_id 1.5"),

@@ -13,10 +13,12 @@ The stated rules
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,7 +27,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tiglon.errors import ConfigError, DataError, SchemaError, did_you_mean
+from tiglon.errors import ConfigError, DataError, SchemaError, closest
 from tiglon.types import LONGEST_ID, MISSING, Interactions, Items, Vocabulary
 
 Table: TypeAlias = (
@@ -34,6 +36,7 @@ Table: TypeAlias = (
 
 _EXACT = 2.0**53  # the integers up to here are exact in a float64
 _WHOLE = r"^(0|-?[1-9]\d*)$"  # as an integer is written
+_FLOAT = r"^-?\d+(\.0+|(\.\d+)?[eE][-+]?\d+)$"  # an integer that was a float on its way
 
 
 # -- tables ------------------------------------------------------------------------------------------------
@@ -73,6 +76,8 @@ def _kind(path: Path) -> str:
 
 
 def _read_file(path: Path, ids: Sequence[str]) -> pl.DataFrame:
+    if path.is_dir():
+        raise DataError(f"{path}, which is a folder", rule="A table is one file", fix="Join its files first")
     if not path.is_file():
         raise DataError(f"no file at {path}", fix="Check the path")
     kind = _kind(path)
@@ -88,10 +93,20 @@ def _read_file(path: Path, ids: Sequence[str]) -> pl.DataFrame:
         if kind == "parquet":
             return pl.read_parquet(path, glob=False)
         content: Any = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path
-        return _read_csv(content, path, ids) if kind == "csv" else _read_ndjson(content, path)
+        _require_utf8(content, path)
+        return _read_csv(content, path, ids) if kind == "csv" else _read_ndjson(content, path, ids)
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         said = str(error).partition("\n")[0]  # what follows is advice for polars' own callers
-        raise DataError(f"{path} cannot be read as {kind}: {said}", fix="Check the file") from error
+        fix = "Save it as UTF-8" if "utf-8" in said else "Check the file"
+        raise DataError(f"{path} cannot be read as {kind}: {said}", fix=fix) from error
+
+
+def _require_utf8(content: bytes | Path, path: Path) -> None:
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            content = file.read(2)
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{path} in UTF-16", rule="Tables of text are UTF-8", fix="Save it as UTF-8")
 
 
 def _read_csv(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataFrame:
@@ -102,6 +117,13 @@ def _read_csv(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataF
             f"{path} with one column, {columns[0]!r}",
             rule="The columns of a CSV are separated by commas",
             fix=f"Write it with ',' in place of {other!r}",
+        )
+    again = (re.fullmatch(r"(.+)_duplicated_\d+", name) for name in columns)  # as polars calls them
+    if twice := next((found[1] for found in again if found and found[1] in columns), None):
+        raise SchemaError(
+            f"{path} with two columns '{twice}'",
+            rule="Each column has a name of its own",
+            fix="Rename or drop one of them",
         )
     try:
         frame = pl.read_csv(content, infer_schema=False, glob=False)
@@ -130,10 +152,19 @@ def _long_line(content: bytes | Path, width: int) -> tuple[int, int] | None:
         return None
 
 
-def _read_ndjson(content: bytes | Path, path: Path) -> pl.DataFrame:
+def _read_ndjson(content: bytes | Path, path: Path, ids: Sequence[str]) -> pl.DataFrame:
     try:
         with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
-            return pl.read_ndjson(file, infer_schema_length=None)
+            frame = pl.read_ndjson(file, infer_schema_length=None)
+        for name in ids:
+            strings = frame.schema.get(name) == pl.String and frame[name].str.contains(r"^-?\d").any()
+            if strings and (number := _number_of(name, content)) is not None:
+                raise SchemaError(
+                    f"column '{name}' of {path} mixes strings and numbers, such as {number}",
+                    rule="5 and '5' are two ids",
+                    fix="Write all of them in one way",
+                )
+        return frame
     except pl.exceptions.PolarsError as error:
         for number, line in enumerate(_text(content).split("\n"), start=1):
             if line.strip() and not _is_object(line):
@@ -143,6 +174,17 @@ def _read_ndjson(content: bytes | Path, path: Path) -> pl.DataFrame:
                     fix="Correct that line",
                 ) from error
         raise
+
+
+def _number_of(name: str, content: bytes | Path) -> Any:
+    """A number that stands for `name` in one of the lines, or None."""
+    raw = content.read_bytes() if isinstance(content, Path) else content
+    for found in re.finditer(rb"%s\s*:\s*[-\d]" % re.escape(json.dumps(name).encode()), raw):
+        line = raw[raw.rfind(b"\n", 0, found.start()) + 1 :].partition(b"\n")[0]
+        value = json.loads(line).get(name)
+        if isinstance(value, (int, float)):
+            return value
+    return None
 
 
 def _text(content: bytes | Path) -> str:
@@ -165,6 +207,12 @@ def _refuse(constant: str) -> None:
 def id_column(text: pl.Series) -> pl.Series:
     """A column of strings as Int64 where every value reads back as written, else as it is."""
     return _integers(text) if text.str.contains(_WHOLE).all() else text
+
+
+def floats_once(text: pl.Series) -> pl.Series:
+    """Of ids in a CSV those that look as if integers had been floats on their way, where all are numbers."""
+    whole, floats = text.str.contains(_WHOLE), text.str.contains(_FLOAT)
+    return text.filter(floats) if (whole | floats).all() else text.clear()
 
 
 def typed_column(text: pl.Series) -> pl.Series:
@@ -200,12 +248,19 @@ def _from_pandas(source: Any) -> pl.DataFrame:
 
 
 def require_columns(present: list[str], needed: list[str]) -> None:
-    """SchemaError naming the first missing column and its closest neighbour."""
+    """SchemaError naming the first missing column, and which one to rename."""
     for name in needed:
         if name not in present:
             raise SchemaError(
-                f"no column '{name}'", rule=f"Needed: {', '.join(needed)}", fix=did_you_mean(name, present)
+                f"no column '{name}'", rule=f"Needed: {', '.join(needed)}", fix=rename(name, present)
             )
+
+
+def rename(missing: str, present: list[str]) -> str:
+    """What to do about a missing column."""
+    close = closest(missing, present)
+    which = f"'{close}'" if close else f"the column that holds it, of {', '.join(sorted(present))},"
+    return f"Rename {which} to '{missing}'"
 
 
 def clean_ids(column: pl.Series) -> pl.Series:
@@ -317,6 +372,14 @@ def _from_iso(column: pl.Series) -> pl.Series:
             fix="Write a zone behind each of them, such as Z for UTC",
         )
     times = column.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    whole = column.str.contains(_WHOLE)
+    if whole.any() and not whole.all():
+        raise SchemaError(
+            f"column '{column.name}' mixes whole numbers, such as {_example(column.filter(whole))}, "
+            f"and strings, such as {_example(column.filter(~whole))}",
+            rule="Times are all whole numbers, or all datetimes",
+            fix="Correct or drop the lines that are otherwise",
+        )
     wrong = column.filter(~dated | times.is_null())
     if len(wrong):
         raise SchemaError(
@@ -449,7 +512,7 @@ def same_type(log: Vocabulary, items: Items) -> tuple[pl.Series, Items]:
 def require_same_type(raw: pl.Series, vocabulary: Vocabulary) -> None:
     """SchemaError where the ids of two tables are integers here and strings there."""
     others = pl.Series(vocabulary.raw)
-    if len(others) and others.dtype.is_integer() != raw.dtype.is_integer():
+    if len(others) and len(raw) and others.dtype.is_integer() != raw.dtype.is_integer():
         integers, strings = (raw, others) if raw.dtype.is_integer() else (others, raw)
         names = strings.filter(~strings.str.contains(_WHOLE))
         raise SchemaError(
@@ -522,6 +585,13 @@ def align(
         raise ConfigError(f"unknown={unknown!r}", rule="It is 'error', 'drop' or 'add'")
     raw, items = same_type(interactions.items, items)
     absent = raw.filter(pl.Series(items.vocabulary.encode(raw) == MISSING))
+    if len(absent) == len(raw) and (len(items) or unknown == "drop"):
+        raise DataError(
+            f"no item of the log is in the item table: {_example(raw)} in the log, "
+            f"{_example(pl.Series(items.vocabulary.raw))} in the table",
+            rule="The two tables name an item by the same id",
+            fix="Look for zeros or letters before a number that one of them lacks",
+        )
     if len(absent) and unknown == "error":
         raise DataError(
             f"{len(absent)} items of the log are not in the item table, such as {absent[0]!r}",
@@ -535,8 +605,6 @@ def align(
         items = Items(Vocabulary(table["item_id"]), table)
     dense = items.vocabulary.encode(raw)[interactions.item]
     keep = dense != MISSING
-    if not keep.any():
-        raise DataError("no item of the log is in the item table", fix="Check that both use the same ids")
     log = interactions.take(keep)
     present, user = np.unique(log.user, return_inverse=True)
     aligned = Interactions(

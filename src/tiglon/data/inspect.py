@@ -15,16 +15,18 @@ from tiglon.data.events import (
     Table,
     clean_ids,
     clean_times,
+    floats_once,
     ids_of,
     k_core,
     read_interactions,
     read_items,
     read_table,
+    rename,
     same_type,
 )
 from tiglon.data.split import LEAKING_CORRELATION, appearance_correlation, moment_starts
 from tiglon.data.text import has_words, text_columns
-from tiglon.errors import DataError, TiglonError, did_you_mean
+from tiglon.errors import DataError, TiglonError
 from tiglon.types import MISSING, Interactions, Items
 
 Level = Literal["ok", "note", "warning", "fatal"]
@@ -85,7 +87,7 @@ def _required(table: pl.DataFrame, user: str, item: str, time: str) -> list[Verd
         verdicts.append(Verdict("fatal", "interactions", "The table has no rows."))
     for name, clean in ((user, clean_ids), (item, clean_ids), (time, clean_times)):
         if name not in table.columns:
-            text = f"The column is missing. {did_you_mean(name, table.columns)}"
+            text = f"The column is missing. {rename(name, table.columns)}."
             verdicts.append(Verdict("fatal", name, text))
             continue
         try:
@@ -96,11 +98,34 @@ def _required(table: pl.DataFrame, user: str, item: str, time: str) -> list[Verd
             verdicts.append(
                 Verdict("ok", name, f"{table[name].dtype}, no nulls, {table[name].n_unique():,} distinct")
             )
+            if name != time:
+                verdicts += odd_ids(table[name])
     for name in set(table.columns) - {user, item, time}:
         nulls = table[name].null_count()
         if nulls:
             verdicts.append(Verdict("note", name, f"{nulls:,} nulls ({nulls / table.height:.1%})"))
     return verdicts
+
+
+def odd_ids(column: pl.Series) -> list[Verdict]:
+    """Warnings of strings that may not be the ids that were meant."""
+    if column.dtype != pl.String:
+        return []
+    nothing = column.filter(column.str.contains(r"(?i)^(nan|null|none|n/?a|undefined)$"))
+    padded = column.filter(column.str.contains(r"^\s|\s$"))
+    doubts = (
+        (nothing, "may stand for no id; then leave these lines out"),
+        (padded, "begin or end with a blank, which is a part of the id"),
+        (
+            floats_once(column),
+            "look like floats, which may have made one id of several; export them as integers",
+        ),
+    )
+    return [
+        Verdict("warning", column.name, f"{len(odd):,} of the ids, such as {odd[0]!r}, {doubt}")
+        for odd, doubt in doubts
+        if len(odd)
+    ]
 
 
 def _duplicates(table: pl.DataFrame, log: Interactions) -> Verdict:
@@ -112,7 +137,7 @@ def _duplicates(table: pl.DataFrame, log: Interactions) -> Verdict:
 def _log(log: Interactions, times: pl.DataType) -> list[Verdict]:
     return [
         Verdict("ok", "size", f"{len(log):,} events, {len(log.users):,} users, {len(log.items):,} items"),
-        _time_span(log, times),
+        time_span(log, times),
         _baskets(log),
         _lengths(log),
         _short_lives(log),
@@ -138,7 +163,8 @@ def _date(moment: int, unit: str) -> str:
     return str(datetime.fromtimestamp(moment / _UNITS[unit], timezone.utc).date())
 
 
-def _time_span(log: Interactions, kind: pl.DataType) -> Verdict:
+def time_span(log: Interactions, kind: pl.DataType) -> Verdict:
+    """From when to when, by the unit that makes calendar dates of it."""
     first, last = int(log.time.min()), int(log.time.max())
     unit, other = _unit(first), _unit(last)
     if unit is None or other is None or (unit != other and not kind.is_numeric()):
@@ -259,9 +285,8 @@ def _coverage(log: Interactions, catalogue: Items) -> Verdict:
         return Verdict("fatal", "log and items", str(error))
     absent = items.vocabulary.encode(raw) == MISSING
     if absent.all():
-        return Verdict(
-            "fatal", "log and items", "no item of the log is in the table; check that the ids are the same"
-        )
+        text = f"no item of the log is in the table: {raw[0]!r} in the log, {items.vocabulary.raw[0]!s} in the table"
+        return Verdict("fatal", "log and items", text if len(items) else "the item table has no rows")
     events = int(absent[log.item].sum())
     text = (
         f"{int(absent.sum()):,} items of the log are not in the table ({events / len(log):.1%} of the events)"

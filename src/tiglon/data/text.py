@@ -183,9 +183,9 @@ class SentenceTransformer:
             import sentence_transformers
         except ImportError as error:
             raise MissingExtraError(
-                "sentence-transformers is not installed",
-                rule="SentenceTransformer encodes with that library",
-                fix="pip install 'tiglon[text]', or use TfidfSvd, which needs no download",
+                f"the encoder '{name_or_folder}' without the library sentence-transformers",
+                rule="What is neither 'tfidf' nor 'column:NAME' is a model of that library",
+                fix="pip install 'tiglon[text]', or use tfidf, which needs no download",
             ) from error
         self.batch_size = batch_size
         self.model = sentence_transformers.SentenceTransformer(str(name_or_folder), device=device)

@@ -182,8 +182,13 @@ class Endpoint:
                 status, text = self._post(body, deadline)
                 if status == 200:
                     return json.loads(text)
-                if status != 429 and status < 500:
+                if status != 429 and 0 < status < 500:
                     break
+            if not status:
+                raise self._failed(
+                    f"no answer from {self._host}{f':{self._port}' if self._port else ''}: {_short(text)}",
+                    fix="Start what answers there, or correct the address",
+                )
             raise self._failed(
                 f"{self!r} answered {status}: {_short(text)}",
                 rule="An endpoint answers 200",
@@ -197,7 +202,7 @@ class Endpoint:
             self.usage.add(calls=1, seconds=time.monotonic() - began)
 
     def _post(self, body: bytes, deadline: float) -> tuple[int, str]:
-        """Status and text. A timer ends the connection at the deadline, for a timeout of a socket is one of each
+        """Status, or 0 where there was no answer, and text. A timer ends the connection at the deadline, for a timeout of a socket is one of each
         read, and a server that sends a byte a second never meets it."""
         left = deadline - time.monotonic()
         if left <= 0:
@@ -220,7 +225,7 @@ class Endpoint:
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: no name of a host
             if late.is_set() or isinstance(error, TimeoutError):
                 raise self._late() from error
-            return 503, f"{type(error).__name__}: {error}"
+            return 0, f"{type(error).__name__}: {error}"
         finally:
             if timer is not None:
                 timer.cancel()
@@ -233,7 +238,7 @@ class Endpoint:
             )
         return response.status, text.decode("utf-8", errors="replace")
 
-    def _failed(self, given: str, *, rule: str, fix: str) -> LanguageModelError:
+    def _failed(self, given: str, *, rule: str = "", fix: str) -> LanguageModelError:
         self.usage.add(failed=1)
         return LanguageModelError(given, rule=rule, fix=fix)
 

@@ -24,6 +24,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -713,7 +714,8 @@ def require_free(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{path}, which {what}", fix="Choose another path")
     if not overwrite:
         raise ConfigError(
-            f"{path}, where a bundle stands already", fix="Choose another path, or pass --overwrite"
+            f"{path}, where a bundle stands already",
+            fix="Choose another path, or pass --overwrite (overwrite=True)",
         )
 
 
@@ -721,13 +723,10 @@ def matching_id(vocabulary: Vocabulary, text: str) -> Any:
     """A raw id typed on a command line, as the vocabulary's type. Raises UnknownIdError, ConfigError."""
     found: int | str = text
     if pa.types.is_integer(vocabulary.raw.type):
-        try:
-            found = int(text)
-        except ValueError as error:
+        if not re.fullmatch(r"0|-?[1-9][0-9]*", text):  # int() would take "007", " 7" and "1_0", too
             example = f", such as {vocabulary.raw[0]}" if len(vocabulary) else ""
-            raise UnknownIdError(
-                f"the id {text!r:.80}", rule=f"Ids here are whole numbers{example}"
-            ) from error
+            raise UnknownIdError(f"the id {text!r:.80}", rule=f"Ids here are whole numbers{example}")
+        found = int(text)
     try:
         return ID.validate_python(found)
     except ValidationError as error:
@@ -740,17 +739,20 @@ def _as_schema(table: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
         raise SchemaError(
             f"an item table with the columns {', '.join(table.columns)}",
             rule=f"The bundle's items have {', '.join(schema.names())}",
+            fix="Rename its columns to these",
         )
-    try:
-        return table.select(
-            (pl.col(name) if name in table.columns else pl.lit(None)).cast(kind).alias(name)
-            for name, kind in schema.items()
-        )
-    except pl.exceptions.PolarsError as error:
-        raise SchemaError(
-            f"a column of the new items that does not fit the bundle's: {error}",
-            fix="Give its columns the types of the first item table",
-        ) from error
+    columns = []
+    for name, kind in schema.items():
+        column = table[name] if name in table.columns else pl.Series(name, [None] * table.height)
+        try:
+            columns.append(column.cast(kind))
+        except pl.exceptions.PolarsError as error:
+            raise SchemaError(
+                f"the column '{name}' of the new items, of {column.dtype}",
+                rule=f"The bundle's is of {kind}",
+                fix="Give it the type of the first item table",
+            ) from error
+    return pl.DataFrame(columns)
 
 
 # -- the manifest ------------------------------------------------------------------------------------

@@ -295,6 +295,10 @@ class Engine:
         else:
             assert request.user_id is not None
             life = self._life(now, request.user_id, degraded)
+        if isinstance(request, RecommendRequest):
+            for ids, what in ((request.allow or (), "allowed"), (request.deny, "denied")):
+                if unknown := int((now.items.encode(ids) == MISSING).sum()):
+                    degraded.append(f"{unknown} of the {what} items unknown: left out")
         if not len(life.item):
             whose = "unknown user" if request.history is None else "empty history"
             degraded.append(f"{whose}: popularity")

@@ -228,6 +228,10 @@ class ItemsRequest(Message):
                     f"add[{place}] has the item_id {given!r:.80}; it is a whole number or a string of "
                     f"1 … {LONGEST_ID} characters"
                 ) from error
+        if both := [row["item_id"] for row in self.add if row["item_id"] in self.remove]:
+            raise ValueError(
+                f"the item {both[0]!r:.80} to add and to remove; what is removed never comes back"
+            )
         return self
 
 
