@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -606,8 +605,11 @@ def test_files_that_are_none(train, tmp_path):
 
 
 def test_a_stopped_training_says_so_and_goes_on(train, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Bundle, "with_funnel", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Bundle, "with_funnel", interrupted)
         status, _, err = train()
     assert status == 130
     assert err.splitlines()[-1] == "Stopped. A training goes on when the same command is given again."

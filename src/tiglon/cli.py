@@ -108,7 +108,7 @@ def data_get(
     if name is None:
         for known, remote in SOURCES.items():
             sizes = ", ".join(file.size or "size not stated" for file in remote.files)
-            _say(f"{known:<24}{sizes or 'nothing to fetch'}")
+            print(f"{known:<24}{sizes or 'nothing to fetch'}")
         return
     folder = out or Path(name)
     raw = fetch(name, folder / "raw", echo=_say)
