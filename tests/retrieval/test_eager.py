@@ -56,6 +56,7 @@ def eager(items=ITEMS, vectors=VECTORS, **changes):
     """With random biases: at 0, where they begin, a wrong one would not show."""
     config = replace(TINY, **changes)
     made = Eager(eager_ids(vectors, items, config), items, config, vectors)
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, p in made.network.named_parameters():
             if "bias" in name:

@@ -224,7 +224,9 @@ ROW = st.fixed_dictionaries(
     optional={"price": st.integers(0, 2), "old": st.just("o"), "new": st.sampled_from(["n", "m"])},
 )
 CHANGE = st.builds(
-    ItemsRequest,
+    lambda add, remove: ItemsRequest(
+        add=add, remove=[item for item in remove if item not in {row["item_id"] for row in add}]
+    ),
     add=st.lists(ROW, min_size=1, max_size=2, unique_by=lambda row: repr(row["item_id"])),
     remove=st.lists(ITEM, max_size=1),
 ) | st.builds(remove, ITEM)

@@ -19,7 +19,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tiglon.errors import ConfigError, DataError, SchemaError, closest
+from tiglon.errors import ConfigError, DataError, SchemaError, closest, did_you_mean
 from tiglon.types import LONGEST_ID, MISSING, Interactions, Items, Vocabulary
 
 Table: TypeAlias = (
@@ -247,12 +247,14 @@ def _from_pandas(source: Any) -> pl.DataFrame:
 # -- columns -----------------------------------------------------------------------------------------------
 
 
-def require_columns(present: list[str], needed: list[str]) -> None:
-    """SchemaError naming the first missing column, and which one to rename."""
+def require_columns(
+    present: list[str], needed: list[str], advice: Callable[[str, list[str]], str] = did_you_mean
+) -> None:
+    """SchemaError naming the first missing column, with advice on (missing, present)."""
     for name in needed:
         if name not in present:
             raise SchemaError(
-                f"no column '{name}'", rule=f"Needed: {', '.join(needed)}", fix=rename(name, present)
+                f"no column '{name}'", rule=f"Needed: {', '.join(needed)}", fix=advice(name, present)
             )
 
 
@@ -425,7 +427,7 @@ def read_interactions(
     Raises SchemaError, DataError.
     """
     table = read_table(source, ids=(user, item))
-    require_columns(table.columns, [user, item, time])
+    require_columns(table.columns, [user, item, time], rename)
     if table.height == 0:
         raise DataError("a log without events", rule="A log has at least one line")
     raw_user, raw_item, when = clean_ids(table[user]), clean_ids(table[item]), clean_times(table[time])
@@ -529,7 +531,7 @@ def read_items(source: Table, *, item: str = "item_id") -> Items:
     Raises SchemaError, DataError where an item stands twice.
     """
     table = read_table(source, ids=(item,))
-    require_columns(table.columns, [item])
+    require_columns(table.columns, [item], rename)
     if item != "item_id" and "item_id" in table.columns:
         raise SchemaError(
             f"a column 'item_id' beside '{item}', which holds the ids",
