@@ -19,7 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tiglon.data.split import Split
 from tiglon.errors import ConfigError, did_you_mean
 from tiglon.ranking.model import LifelongConfig, LifelongRanker
 from tiglon.ranking.ranker import RankerConfig
+from tiglon.recipes import override
 from tiglon.retrieval.eager import Eager, EagerConfig, behaviour_vectors, eager_ids
 from tiglon.retrieval.sasrec import SasRecConfig
 from tiglon.train.checkpoint import write_text
@@ -94,7 +95,7 @@ def main() -> None:
             results[row] = run_tiger(given.folder, given.recipe, changes, out, **options)
             continue
         changes = dict(setting.split("=", 1) for setting in given.settings)
-        config = replace(settled(EagerConfig(), changes), **ROWS[row])
+        config = replace(override(EagerConfig(), changes), **ROWS[row])
         budget = given.minutes - (first if "behaviour" in config.streams else 0.0)
         epochs = min(15, max(2, 1_000_000 // len(split.train)))  # as the recipe of TIGER plans them
         plan = replace(config.train, epochs=epochs, minutes=budget, seed=given.seed)
@@ -106,25 +107,6 @@ def main() -> None:
         results[row] = run_row(split, items, read, config, out, given, console)
     report(results, given.folder.name, given.minutes, "validation" if given.no_test else "test", console)
     (given.out / "result.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-
-
-def settled(config: Any, changes: Mapping[str, str]) -> Any:
-    """The settings with some replaced: {"model.width": "128"}. Raises ConfigError for an unknown key."""
-    for key, text in changes.items():
-        name, _, rest = key.partition(".")
-        if name not in {f.name for f in fields(config)}:
-            raise ConfigError(
-                f"unknown setting '{key}'", fix=did_you_mean(name, [f.name for f in fields(config)])
-            )
-        old = getattr(config, name)
-        if is_dataclass(old):
-            new = settled(old, {rest: text})
-        elif isinstance(old, tuple):
-            new = tuple(type(old[0])(part) for part in text.split(","))
-        else:
-            new = type(old)(text)
-        config = replace(config, **{name: new})
-    return config
 
 
 def item_matrices(

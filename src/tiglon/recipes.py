@@ -256,7 +256,7 @@ RANKING_RECIPES: dict[str, LifelongConfig] = {
 # -- changing one setting ------------------------------------------------------------------------------
 
 
-Settings = TypeVar("Settings", Recipe, LifelongConfig)
+Settings = TypeVar("Settings", Recipe, LifelongConfig, EagerConfig)
 
 
 def override(recipe: Settings, changes: Mapping[str, str]) -> Settings:

@@ -16,7 +16,7 @@ from tiglon.errors import BundleDamagedError, BundleVersionError, ConfigError, D
 from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.comirec import ComiRec, ComiRecConfig
 from tiglon.retrieval.index import FaissIndex
-from tiglon.retrieval.mind import Mind
+from tiglon.retrieval.mind import Mind, MindConfig
 from tiglon.retrieval.towers import HashedUsers, ItemTower, Past
 from tiglon.retrieval.two_tower import TwoTower
 from tiglon.retrieval.windows import collate
@@ -178,9 +178,55 @@ def test_a_checkpoint_of_other_events_or_vectors_is_refused(tmp_path):
     log = circle(10)
     make().fit(log, directory=tmp_path)
     baskets = dataclasses.replace(log, time=log.time // 2)
-    for made, other, what in ((make(), baskets, "events"), (make(-VECTORS), log, "vectors")):
+    others = dataclasses.replace(log, users=Vocabulary([f"another {user}" for user in log.users.raw]))
+    cases = ((make(), baskets, "events"), (make(), others, "events"), (make(-VECTORS), log, "vectors"))
+    for made, other, what in cases:
         with pytest.raises(ConfigError, match=rf"a checkpoint of another training \({what} differ"):
             made.fit(other, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (Mind, MindConfig(power=2.0)),
+        (Mind, MindConfig(power=3.0)),
+        (ComiRec, ComiRecConfig(extractor="sa")),
+        (ComiRec, ComiRecConfig(extractor="dr")),
+    ],
+)
+def test_a_target_teaches_the_interests_that_fit_it(kind, config):
+    """MIND eq. 8, its interests mixed by softmax(sign(s)·|s|^p); ComiRec eq. 6, the best interest alone."""
+    once = dataclasses.replace(FAST, epochs=1, lr=1e-4, evaluations=1)
+    config = dataclasses.replace(config, width=16, interests=3, dropout=0.0, window=10, train=once)
+    made, batches = kind(ITEMS, config, VECTORS), []
+    original = made.network.loss
+    made.network.loss = lambda batch, *more: batches.append(batch) or original(batch, *more)
+    made.fit(circle(6))
+    batch = max(batches, key=lambda batch: batch.item.shape[1])
+    with torch.no_grad():
+        for weights in made.network.repetition.parameters():
+            weights.zero_()
+        table = made.network.items.table()
+        found = original(batch)
+        interests, present = made.network.users(Past.of(batch), table)
+    power, signs = getattr(config, "power", None), set()
+    for t, target in enumerate(batch.item[batch.target].tolist()):
+        rows = interests[t, present[t]].double()
+        fits = rows @ table[target].double()
+        signs |= set(fits.sign().tolist())
+        mixed = (
+            rows[fits.argmax()] if power is None else (fits.sign() * fits.abs() ** power).softmax(0) @ rows
+        )
+        expected = -(table.double() @ mixed).log_softmax(0)[target]
+        torch.testing.assert_close(found[t].double(), expected, rtol=1e-4, atol=1e-4)
+    assert signs == {-1.0, 1.0}
+
+
+def test_loading_content_leaves_the_random_numbers_of_others_alone(tmp_path):
+    make().save(tmp_path / "kept")
+    before = torch.get_rng_state()
+    ComiRec.load(tmp_path / "kept")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_same_seed_gives_the_same_weights():

@@ -643,7 +643,6 @@ def test_what_was_removed_before_is_read_but_not_predicted():
         Eager(ids | {"semantic": gone["semantic"]}, ITEMS, TINY, VECTORS)
 
 
-@torch.no_grad()
 def test_codes_are_scored_as_tiger_scores_them():
     """The look-up by distinct prefix is only a faster one, before new items and after."""
     made = eager(branches=3)
@@ -659,7 +658,7 @@ def test_codes_are_scored_as_tiger_scores_them():
                     stream.logits(x[: N + new], before),
                     stream.prefixes.logits(x[: N + new], before),
                 )
-                torch.testing.assert_close(found[allowed], plain[allowed])
+                torch.testing.assert_close(found[allowed].detach(), plain[allowed].detach())
 
 
 def test_a_new_item_is_like_those_of_its_text():
@@ -682,6 +681,13 @@ def test_a_new_item_behaves_as_those_of_its_text_do():
         first = system.ids.codes[:, 0]
         near = [np.mean(first[kind:80:10] == first[80 + kind]) for kind in range(10)]
         assert np.mean(near) > 0.8
+
+
+@pytest.mark.parametrize("ranking", ["both", "own"])
+def test_of_a_catalogue_without_any_item_left_nothing_is_found(ranking):
+    made = eager(ranking=ranking)
+    made.remove_items(np.arange(N))
+    assert made.retrieve(HISTORIES, 5).item.shape == (len(HISTORIES), 0)
 
 
 def test_all_at_once_or_one_after_the_other_is_the_same(tmp_path):

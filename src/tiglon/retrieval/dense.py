@@ -155,7 +155,7 @@ class DenseRetriever(Retriever):
                 about={
                     "retriever": type(self).__name__,
                     "vectors": None if content is None else checksum(content.numpy()),
-                    "events": checksum(log.item, moment, log.offsets),
+                    "events": checksum(log.item, moment, log.offsets, user),
                     **{key: value for key, value in asdict(c).items() if key not in ("train", "index")},
                 },
             )
@@ -303,7 +303,8 @@ class DenseRetriever(Retriever):
             tensors = load_file(directory / "network.safetensors")
             self = cls(items, cls._config_of(about["config"]))
             if "items.content" in tensors:
-                self.network = self._network(tensors["items.content"].shape[1]).eval()
+                with torch.random.fork_rng(devices=[]):  # to be overwritten
+                    self.network = self._network(tensors["items.content"].shape[1]).eval()
             self.network.load_state_dict(tensors)
         return self
 

@@ -411,6 +411,8 @@ class Eager(Retriever):
         k = min(k, int(self.alive.sum()))
         found_item = np.full((len(histories), k), MISSING, np.int64)
         found_score = np.full((len(histories), k), -np.inf, np.float32)
+        if not k:
+            return Candidates(found_item, found_score, self.name)
         order = np.argsort(histories.lengths, kind="stable")
         for start in range(0, len(order), USERS):
             rows = np.sort(order[start : start + USERS])

@@ -160,7 +160,7 @@ class Tiger(Retriever):
             about={
                 "ids": self.ids.version,
                 "vectors": self._digest,
-                "events": checksum(log.item, moment, log.offsets, wanted),
+                "events": checksum(log.item, moment, log.offsets, wanted, user),
                 **{key: value for key, value in asdict(c).items() if key != "train"},
             },
         )
