@@ -5,8 +5,8 @@
 
 After TIGER §4.3. 5% of the items are held out before everything: text encoder, tokenizer and network never meet
 them, and their events are taken from training, validation and every history. Afterwards they get IDs from
-the frozen tokenizer. A test user whose next item is one of them counts as unseen, every other as seen; each
-has one list. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
+the frozen tokenizer. Each test user has one list: "unseen" is the recall of those of the next items that were held
+out, of the users who want one; "seen" that of the others. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
 trie" decodes them like all others. Text neighbours know the new items' texts too; networks of --also learn beside TIGER,
 share the minutes with it as in `tiglon train`, and are measured before and after the new items came. Nothing is masked.
 """
@@ -26,7 +26,8 @@ from retrievers import Teller
 from rich.console import Console
 from tiger import Printer, arguments, changes_of, identify, item_vectors, prepare, recipe_of, source_of
 
-from tiglon.evaluation.protocol import Retriever, evaluate
+from tiglon.evaluation.metrics import judge, recall
+from tiglon.evaluation.protocol import Retriever, rank
 from tiglon.recipes import in_minutes, learn, make_tokenizer
 from tiglon.retrieval.dense import DenseRetriever
 from tiglon.retrieval.eager import Eager
@@ -68,15 +69,21 @@ def main() -> None:
     log = Interactions(
         log.user, renumbered[log.item].astype(np.int32), log.time, log.users, old.vocabulary, pl.DataFrame()
     )
-    validation = without(split.validation, renumbered, n_old, truths=False)
-    test = without(getattr(split, given.on), renumbered, n_old, truths=True)
+    validation = without_new(split.validation, renumbered, n_old)
+    asked = getattr(split, given.on)
     if given.users:
-        test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[: given.users]))
-    unseen = np.zeros(len(test), bool)
-    np.logical_or.at(unseen, test.truth.owner, test.truth.item >= n_old)
+        asked = asked.take(np.sort(np.random.default_rng(0).permutation(len(asked))[: given.users]))
+    histories = _keep(asked.histories, renumbered, 0, n_old)
+    parts = {
+        "seen": _keep(asked.truth, renumbered, 0, n_old),
+        "unseen": _keep(asked.truth, renumbered, n_old, len(everything)),
+        "all": _keep(asked.truth, renumbered, 0, len(everything)),
+    }
+    who = {part: truth.lengths > 0 for part, truth in parts.items()}
     console.print(
         f"{given.folder.name}: {len(new):,} of {len(everything):,} items held out with "
-        f"{len(split.train) - len(log):,} training events; {unseen.sum():,} of {len(test):,} {given.on} users want one"
+        f"{len(split.train) - len(log):,} training events; {who['unseen'].sum():,} of {len(asked):,} {given.on} users "
+        "want one"
     )
 
     recipe = recipe_of(given.recipe, len(log), old, changes_of(given) | {"retrievers": given.also})
@@ -109,13 +116,12 @@ def main() -> None:
     rows = []
     console.print(f"\n{'':<28} {'recall@10 seen':>15} {'unseen':>8} {'all':>8} {'recall@20 unseen':>18}")
     for retriever in retrievers:
-        found = evaluate(retriever, test, ks=KS, exclude_seen=False, batch=512)
+        lists = rank(retriever, histories, max(KS), exclude_seen=False, batch=512)
         name = "TIGER, updated trie" if retriever is tiger else retriever.name
-        recall = {k: found.per_user[f"recall@{k}"] for k in KS}
         row = {
-            f"recall@{k} {part}": float(recall[k][mask].mean())
+            f"recall@{k} {part}": float(recall(*judge(lists[who[part]], truth.take(who[part])), k).mean())
             for k in KS
-            for part, mask in (("seen", ~unseen), ("unseen", unseen), ("all", np.ones(len(test), bool)))
+            for part, truth in parts.items()
         }
         rows.append({"name": name} | row)
         console.print(
@@ -126,8 +132,7 @@ def main() -> None:
         report = {
             "data": given.folder.name,
             "held_out_items": len(new),
-            "unseen_users": int(unseen.sum()),
-            "users": len(test),
+            "users": {part: int(wanting.sum()) for part, wanting in who.items()},
             "on": given.on,
             "rows": rows,
             "machine": machine(),
@@ -159,18 +164,18 @@ class Rule:
         )
 
 
-def without(targets: Targets, renumbered: np.ndarray, n_old: int, *, truths: bool) -> Targets:
-    """Items by their new numbers, without the new ones in histories, and in truths unless `truths`."""
-    histories = _keep(targets.histories, renumbered, n_old)
-    truth = _keep(targets.truth, renumbered, len(renumbered) if truths else n_old)
-    return Targets(targets.user, histories, truth)
+def without_new(targets: Targets, renumbered: np.ndarray, n_old: int) -> Targets:
+    old = (_keep(part, renumbered, 0, n_old) for part in (targets.histories, targets.truth))
+    return Targets(targets.user, *old)
 
 
-def _keep(histories: Histories, renumbered: np.ndarray, below: int) -> Histories:
+def _keep(histories: Histories, renumbered: np.ndarray, first: int, stop: int) -> Histories:
+    """Items by their new numbers, those from `first` to `stop` alone."""
     item = renumbered[histories.item]
-    kept = item < below
+    kept = (first <= item) & (item < stop)
     lengths = np.bincount(histories.owner[kept], minlength=len(histories))
-    return Histories(np.concatenate([[0], np.cumsum(lengths)]), item[kept], histories.time[kept])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Histories(offsets, item[kept], histories.time[kept], user=histories.user)
 
 
 if __name__ == "__main__":

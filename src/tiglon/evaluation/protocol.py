@@ -112,7 +112,7 @@ def evaluate(
             fix="Split so that some users have a last event of their own",
         )
     truth = targets.truth.take(asked)
-    ranked = _ask(retriever, targets.histories.take(asked), max(ks), exclude_seen, batch, progress)
+    ranked = rank(retriever, targets.histories.take(asked), max(ks), exclude_seen, batch, progress)
     hit, relevant = judge(ranked, truth)
 
     per_user = {f"{name}@{k}": metric(hit, relevant, k) for name, metric in USER_METRICS.items() for k in ks}
@@ -218,15 +218,18 @@ def to_json(evaluations: Sequence[Evaluation], split: str) -> dict[str, Any]:
 # -- inside ------------------------------------------------------------------------------------------------
 
 
-def _ask(
+def rank(
     retriever: Retriever,
     histories: Histories,
     k: int,
-    exclude_seen: bool,
-    batch: int,
-    progress: Callable[[int, int], None] | None,
+    exclude_seen: bool = True,
+    batch: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """(B, k) ranked items."""
+    """(B, k) int64, the lists of all users, MISSING after the last item; asked and told as in `evaluate`.
+
+    Raises DataError for lists of another shape, or with items that the retriever does not have.
+    """
     n_items = len(retriever.items)
     ranked = np.full((len(histories), k), MISSING, np.int64)
     for start in range(0, len(histories), batch):
