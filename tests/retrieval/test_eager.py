@@ -12,7 +12,7 @@ from tiglon.data.split import leave_last_out
 from tiglon.errors import BundleDamagedError, BundleVersionError, CapacityError, ConfigError, DataError
 from tiglon.evaluation.protocol import evaluate
 from tiglon.nn.transformer import PADDING
-from tiglon.retrieval.eager import ALIKE, Eager, EagerConfig, behaviour_vectors, eager_ids, merged
+from tiglon.retrieval.eager import ALIKE, Eager, EagerConfig, behaviour_vectors, eager_ids
 from tiglon.retrieval.eager_network import Transfer, info_nce, replaced, smooth_l1
 from tiglon.retrieval.sasrec import SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
@@ -417,19 +417,6 @@ def test_three_levels_of_codes_decode_as_they_are_trained():
     np.testing.assert_allclose(found.score[0], expected[found.item[0]], atol=1e-4)
 
 
-def test_an_item_of_both_beams_appears_once():
-    item = np.array([[4, 2, MISSING, 9, 4, MISSING]])
-    score = np.array([[-1.0, -2.0, -np.inf, -0.5, -0.7, -np.inf]])
-    items, scores = merged(item, score)
-    kept = items[0] != MISSING
-    assert dict(zip(items[0][kept].tolist(), scores[0][kept].tolist(), strict=True)) == {
-        2: -2.0,
-        4: -0.7,
-        9: -0.5,
-    }
-    assert (scores[0][~kept] == -np.inf).all()
-
-
 @torch.no_grad()
 def test_without_the_tasks_the_answers_are_the_same():
     made = eager()
@@ -633,12 +620,14 @@ def test_removed_items_are_never_recommended_and_their_codes_stay_theirs(ranking
     )
 
 
-def test_what_was_removed_before_is_read_but_not_predicted():
+def test_what_was_removed_before_is_read_but_not_predicted(tmp_path):
     ids = eager_ids(VECTORS, ITEMS, TINY)
     gone = {name: system.remove([3, *range(20, 24)]) for name, system in ids.items()}
-    learned = Eager(gone, ITEMS, TINY, VECTORS).fit(log())
+    learned = Eager(gone, ITEMS, TINY, VECTORS).fit(log(), directory=tmp_path)
     assert np.isfinite([line["loss"] for line in learned.history["history"]]).all()
     assert not np.isin(learned.retrieve(HISTORIES, N, exclude_seen=False).item, [3, 20]).any()
+    with pytest.raises(ConfigError, match=r"a checkpoint of another training \(.*events"):
+        Eager(ids, ITEMS, TINY, VECTORS).fit(log(), directory=tmp_path)
     with pytest.raises(DataError, match="disagree on which items were removed"):
         Eager(ids | {"semantic": gone["semantic"]}, ITEMS, TINY, VECTORS)
 
@@ -833,7 +822,7 @@ def test_bad_settings_and_input_are_named():
     with pytest.raises(DataError, match="without any event"):
         eager().fit(Interactions(empty, empty, empty.astype(np.int64), Vocabulary(["u"]), ITEMS))
     other = Interactions(empty, empty, empty.astype(np.int64), Vocabulary(["u"]), Vocabulary(["x"]))
-    with pytest.raises(DataError, match="not those of the codes"):
+    with pytest.raises(DataError, match="not those of this retriever"):
         eager().fit(other)
     with pytest.raises(DataError, match="a dense item outside 0 … 23"):
         eager().retrieve(Histories.of([[N]]), 3)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tiglon.retrieval.prefixes import Prefixes
+from tiglon.retrieval import prefixes as module
+from tiglon.retrieval.prefixes import Prefixes, mean_vector
 
 torch.set_num_threads(1)
 
@@ -124,6 +125,41 @@ def test_first_codes_weigh_what_their_pairs_weigh():
         goal = torch.logsumexp(torch.stack([x @ v for v in vectors], dim=1), dim=1) if pairs else alone
         torch.testing.assert_close(found[:, first], goal, rtol=1e-4, atol=1e-4)
     assert len({codes[0] for codes in CODES[:4].tolist()}) < SIZES[0]
+
+
+def test_a_first_code_whose_pairs_are_far_behind_is_not_taken_for_one_without_pairs():
+    made = prefixes()
+    with torch.no_grad():
+        pairs, first = made.rows[0], made.keys[0] // SIZES[1] - 1
+        code = int(first[0])
+        made.own.weight[pairs[first == code]] = -300.0
+        made.own.weight[code + 1] = 100.0  # its own vector, which says the contrary
+    made.forget()
+    x = torch.ones(1, D)
+    assert made.first_logits(x)[0].argmin() == code
+
+
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**-27, 2.0**60])
+def test_the_unit_of_vectors_does_not_matter(unit):
+    expected, found = (
+        module.centred(vectors, mean_vector(vectors)) for vectors in (VECTORS, VECTORS * np.float32(unit))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_what_vectors_have_in_common_does_not_matter():
+    grid = np.round(8 * VECTORS)
+    expected, found = (
+        module.centred(vectors, mean_vector(vectors)) for vectors in (grid, grid + np.float32(2**13))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_rounding_is_not_taken_for_content():
+    vectors = np.full((1001, 3), 0.1, np.float32)
+    assert np.abs(module.centred(vectors, mean_vector(vectors) + np.float32(1e-8))).max() < 0.1
+    assert not module.centred(np.zeros((4, 3), np.float32), np.zeros(3, np.float32)).any()
 
 
 def test_items_that_arrive_bring_their_content_and_move_nothing():

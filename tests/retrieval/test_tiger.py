@@ -204,9 +204,7 @@ def test_bad_input_is_told():
 
 def test_the_log_must_number_items_as_the_ids_do(tiger):
     other = replace(log(), items=Vocabulary([f"other {i}" for i in range(N)]))
-    with pytest.raises(
-        DataError, match=r"a log whose items are not those of the semantic IDs\. Call .*align"
-    ):
+    with pytest.raises(DataError, match=r"a log whose items are not those of this retriever\. Call .*align"):
         tiger.fit(other)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiglon.errors import ConfigError, DataError
-from tiglon.retrieval.topk import tie_order, top_items
+from tiglon.retrieval.topk import each_once, tie_order, top_items
 from tiglon.types import MISSING, Histories
 
 SCORES = hnp.arrays(
@@ -76,3 +76,16 @@ def test_bad_scores_and_banned_items_are_told():
         top_items(np.zeros((1, 3)), 1, Histories.of([[], []]))
     with pytest.raises(DataError, match="a dense item outside 0 … 2"):
         top_items(np.zeros((1, 3)), 1, Histories.of([[3]]))
+
+
+def test_an_item_of_two_lists_stands_once_by_its_best_score():
+    item = np.array([[4, 2, MISSING, 9, 4, MISSING]])
+    score = np.array([[-1.0, -2.0, -np.inf, -0.5, -0.7, -np.inf]])
+    items, scores = each_once(item, score)
+    kept = items[0] != MISSING
+    assert dict(zip(items[0][kept].tolist(), scores[0][kept].tolist(), strict=True)) == {
+        2: -2.0,
+        4: -0.7,
+        9: -0.5,
+    }
+    assert (scores[0][~kept] == -np.inf).all()

@@ -69,6 +69,12 @@ def test_a_power_of_two_changes_nothing():
         np.testing.assert_array_equal(balanced_codes(np.ldexp(points, power), keys, 8), codes)
 
 
+def test_what_all_vectors_have_in_common_changes_nothing():
+    points = np.round(16 * blobs(200))
+    expected = balanced_codes(points, names(200), 4, levels=3)
+    assert np.array_equal(balanced_codes(points + np.float32(2**14), names(200), 4, levels=3), expected)
+
+
 def test_the_larger_clusters_are_those_that_more_want():
     cost = np.ones((8, 3), np.float32)
     cost[:5, 2], cost[5:, 1] = 0, 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiglon.data.folders import reading, written_aside
-from tiglon.data.histories import HistoryStore
 from tiglon.errors import BundleDamagedError, DataError, require_counts, require_dropout
-from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.index import ExactIndex, FaissIndex, Index, empty_faiss, merge, most_alike
+from tiglon.retrieval.learning import learn, sampled
 from tiglon.retrieval.repetition import padded
 from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.softmax import UnigramSampler
@@ -32,15 +31,12 @@ from tiglon.retrieval.topk import require_dense, tie_order
 from tiglon.retrieval.towers import DenseNetwork, Past
 from tiglon.retrieval.windows import (
     REMEMBERED,
-    Batch,
-    WindowBatches,
     checksum,
-    moments,
     padded_histories,
     windows_of_events,
 )
-from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+from tiglon.train.loop import Progress, TrainConfig
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
 
 if TYPE_CHECKING:
     from typing import Self
@@ -115,53 +111,29 @@ class DenseRetriever(Retriever):
 
         Raises DataError where the log numbers items otherwise or is empty.
         """
-        if interactions.items != self.items:
-            raise DataError(
-                "a log whose items are not those of this retriever",
-                fix="Call tiglon.data.events.align(interactions, items) first",
-            )
-        if not len(interactions):
-            raise DataError("a log without any event to predict")
-        c, log, content = self.config, HistoryStore.build(interactions), self.network.items.content
-        moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
-        windows = self._windows(log.offsets, moment)
-        wanted = np.ones(len(interactions), bool)
-        counts = np.bincount(log.item, minlength=len(self.items))
+        c, content = self.config, self.network.items.content
+        counts = np.bincount(interactions.item, minlength=len(self.items))
         sampler = UnigramSampler(counts, c.negatives) if self._samples() else None
-        sample = None
-        if validation is not None and len(validation):
-            rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_users]
-            sample = validation.take(np.sort(rows))
+        sample = sampled(validation, c)
 
-        def epoch_batches(epoch: int) -> Sequence[Batch]:
-            seed = [c.train.seed, epoch]
-            return WindowBatches(log.item, moment, wanted, user, windows, c.batch_targets, seed)
-
-        def validate() -> float:
-            assert sample is not None
+        def search_anew(sample: Targets) -> None:
             self._searched = self._made(ExactIndex)
             self._learn_last(sample)
-            return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
 
         try:
-            self.history = train(
-                self.network,
-                epoch_batches,
-                lambda network, batch: network.loss(batch, sampler.draw() if sampler else None),
-                validate if sample is not None else None,
-                c.train,
-                directory,
-                report,
-                about={
-                    "retriever": type(self).__name__,
-                    "vectors": None if content is None else checksum(content.numpy()),
-                    "events": checksum(log.item, moment, log.offsets, user),
-                    **{key: value for key, value in asdict(c).items() if key not in ("train", "index")},
-                },
+            self.history, self.log = learn(
+                self,
+                interactions,
+                sample,
+                self._windows,
+                lambda batch: self.network.loss(batch, sampler.draw() if sampler else None),
+                about={"vectors": None if content is None else checksum(content.numpy())},
+                directory=directory,
+                report=report,
+                before_validation=search_anew,
             )
         finally:
             self._searched = None  # it was of the weights that the last validation saw
-        self.log = log
         if sample is not None:
             self._learn_last(sample)
         return self

@@ -47,7 +47,7 @@ K candidates.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,33 +62,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiglon.data.folders import reading, written_aside
-from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, DataError, require_counts, require_weights
-from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import Step, beam_search
 from tiglon.retrieval.behaviour import co_occurrence_vectors
 from tiglon.retrieval.eager_network import BEHAVIOUR, SEMANTIC, EagerNetwork, Stream, Tasks
 from tiglon.retrieval.index import ExactIndex, most_alike
-from tiglon.retrieval.prefixes import centred
+from tiglon.retrieval.learning import learn, sampled
+from tiglon.retrieval.prefixes import centred, mean_vector
 from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.sasrec import SasRec, SasRecConfig
 from tiglon.retrieval.tiger_causal import CausalConfig
-from tiglon.retrieval.topk import require_dense, require_deny, tie_keys
+from tiglon.retrieval.topk import each_once, require_dense, require_deny, tie_keys
 from tiglon.retrieval.windows import (
     Batch,
-    WindowBatches,
     checksum,
-    moments,
     overlapping_windows,
     padded_histories,
-    windows_wanted,
 )
 from tiglon.semantic_ids.balanced_kmeans import ClusterTree, balanced_codes
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
-from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+from tiglon.train.loop import Progress, TrainConfig
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
 
 FORMAT = 2
 DRAWN = 256  # items beside the target in InfoNCE
@@ -161,7 +157,7 @@ def behaviour_vectors(
 
 def _of_alike(text: np.ndarray, known_text: np.ndarray, known_behaviour: np.ndarray) -> np.ndarray:
     """(M, C) for items with texts (M, C'): the mean behaviour of the known ones (n) whose text is most like theirs."""
-    mean = known_text.mean(axis=0)
+    mean = mean_vector(known_text)
     index = ExactIndex(centred(known_text, mean))
     alike = index.search(centred(text, mean), min(ALIKE, len(known_text)))
     found: np.ndarray = known_behaviour[alike.item].mean(axis=1)
@@ -276,7 +272,7 @@ class Eager(Retriever):
         self.vectors: dict[str, np.ndarray] = {}  # (n, C) of the fitted items
         if vectors is not None:
             self.vectors = vectors = _matrices(vectors, items, self.config)
-            self.frozen = {name: centred(rows, rows.mean(axis=0)) for name, rows in vectors.items()}
+            self.frozen = {name: centred(rows, mean_vector(rows)) for name, rows in vectors.items()}
         self.systems = {name: CodeSystem(system) for name, system in ids.items()}
         self._assemble({name: rows.shape[1] for name, rows in self.vectors.items()}, vectors)
 
@@ -321,49 +317,23 @@ class Eager(Retriever):
 
         Raises DataError where the log numbers items otherwise or is empty, ConfigError without vectors.
         """
-        if interactions.items != self.items:
-            raise DataError(
-                "a log whose items are not those of the codes",
-                fix="Call tiglon.data.events.align(interactions, items) first",
-            )
-        if not len(interactions):
-            raise DataError("a log without any event to predict")
         if self.frozen is None:
             raise ConfigError("no item vectors to learn from", fix="Make it anew: Eager(…, vectors=vectors)")
-        c, log = self.config, HistoryStore.build(interactions)
-        moment, user = moments(interactions), user_names(interactions.users)[interactions.user]
-        windows = overlapping_windows(log.offsets, moment, c.window)
-        wanted = self.alive[log.item]  # what left the catalogue is read, not predicted
-        windows = windows_wanted(windows, wanted)
-        sample = None
-        if validation is not None and len(validation):
-            rows = np.random.default_rng(c.train.seed).permutation(len(validation))[: c.validation_users]
-            sample = validation.take(np.sort(rows))
-
-        def epoch_batches(epoch: int) -> Sequence[Batch]:
-            seed = [c.train.seed, epoch]
-            return WindowBatches(log.item, moment, wanted, user, windows, c.batch_targets, seed)
-
-        def validate() -> float:
-            assert sample is not None
-            return evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512).metrics["ndcg@10"]
-
-        self.history = train(
-            self.network,
-            epoch_batches,
-            lambda network, batch: self.loss(batch),
-            validate if sample is not None else None,
-            c.train,
-            directory,
-            report,
+        c = self.config
+        self.history, self.log = learn(
+            self,
+            interactions,
+            sampled(validation, c),
+            lambda offsets, moment: overlapping_windows(offsets, moment, c.window),
+            self.loss,
+            wanted=self.alive,
             about={
                 "ids": {name: system.ids.version for name, system in self.systems.items()},
                 "vectors": {name: checksum(rows) for name, rows in self.frozen.items()},
-                "events": checksum(log.item, moment, log.offsets),
-                **{key: value for key, value in asdict(c).items() if key != "train"},
             },
+            directory=directory,
+            report=report,
         )
-        self.log = log
         return self
 
     def loss(self, batch: Batch) -> Tensor:
@@ -456,7 +426,7 @@ class Eager(Retriever):
                 for other, system in self.systems.items():
                     if other != name:
                         confidence[name] += item_scores(step(other), system.trie, system.ids.codes[listed])
-        items, scores = merged(
+        items, scores = each_once(
             np.concatenate([beam.item for beam in beams.values()], axis=1),
             np.concatenate(list(confidence.values()), axis=1),
         )
@@ -567,18 +537,6 @@ class Eager(Retriever):
                 self.network = self.network.extended(new, {})
             self.network.load_state_dict(load_file(directory / "network.safetensors"))
         return self
-
-
-def merged(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lists (B, K) in which no item stands twice: the larger score stays, MISSING with −inf takes the place.
-
-    In the order of the items, MISSING anywhere.
-    """
-    order = np.lexsort((-score, item), axis=1)
-    item, score = np.take_along_axis(item, order, axis=1), np.take_along_axis(score, order, axis=1)
-    again = np.zeros(item.shape, bool)
-    again[:, 1:] = item[:, 1:] == item[:, :-1]
-    return np.where(again, MISSING, item), np.where(again, -np.inf, score)
 
 
 def item_scores(step: Step, trie: Trie, codes_BKS: np.ndarray) -> np.ndarray:

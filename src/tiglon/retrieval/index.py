@@ -20,7 +20,7 @@ import torch
 
 from tiglon.errors import ConfigError, DataError, MissingExtraError
 from tiglon.retrieval.retriever import require_k
-from tiglon.retrieval.topk import best_places, require_dense, require_deny, tie_order
+from tiglon.retrieval.topk import best_places, each_once, require_dense, require_deny, tie_order
 from tiglon.types import MISSING, Candidates, Histories
 
 _BLOCK = 1 << 13  # items
@@ -175,7 +175,7 @@ class FaissIndex:
             asked = min(2 * asked, n_items)
         item = np.where(allowed, item, MISSING).reshape(users, -1)
         score = np.where(allowed, score, -np.inf).astype(np.float32).reshape(users, -1)
-        item, score = _once(item, score)
+        item, score = each_once(item, score)
         return Candidates(*merge(item, score, k, self.order), source)
 
 
@@ -228,15 +228,6 @@ def merge(item: np.ndarray, score: np.ndarray, k: int, order: np.ndarray) -> tup
 
 
 # -- inside ------------------------------------------------------------------------------------------------
-
-
-def _once(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each item of a row (B, m) by its best score alone; its other places become MISSING."""
-    ranks = np.lexsort((-score, item), axis=1)
-    item, score = np.take_along_axis(item, ranks, axis=1), np.take_along_axis(score, ranks, axis=1)
-    again = np.zeros(item.shape, bool)
-    again[:, 1:] = item[:, 1:] == item[:, :-1]
-    return np.where(again, MISSING, item), np.where(again, np.float32(-np.inf), score)
 
 
 def _finite(vectors: np.ndarray, what: str) -> np.ndarray:

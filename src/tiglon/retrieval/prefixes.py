@@ -62,7 +62,7 @@ class Prefixes(nn.Module):
             self.mean: Tensor
             self.register_buffer("mean", torch.zeros(content_width))
         if codes is not None and vectors is not None:
-            self.mean += torch.from_numpy(vectors.mean(axis=0))
+            self.mean += torch.from_numpy(mean_vector(vectors))
             content = centred(vectors, self.mean.numpy())
             self.content = torch.from_numpy(_residual_means(content, paths, count))
             with torch.no_grad():  # at first, products are those of the item vectors
@@ -197,7 +197,8 @@ class Prefixes(nn.Module):
         first_P = self.keys[0] // self.sizes[1] - 1
         mass_VT = torch.zeros_like(alone_TV.T).index_add(0, first_P, (logits_PT - top_T).exp())
         together_TV = (mass_VT.clamp(min=1e-30).log() + top_T).T
-        return torch.where(mass_VT.T > 0, together_TV, alone_TV)
+        paired_V = torch.zeros(self.sizes[0], dtype=torch.bool).index_fill(0, first_P, True)
+        return torch.where(paired_V, together_TV, alone_TV)
 
     # -- items that arrive later -----------------------------------------------------------------
 
@@ -265,11 +266,22 @@ def mean_row(vectors: Tensor) -> Tensor:
     return vectors.mean(dim=0, dtype=torch.float64).to(vectors.dtype)
 
 
+def mean_vector(vectors: np.ndarray) -> np.ndarray:
+    """(C,) float32 of vectors (N, C), N above 0."""
+    mean: np.ndarray = vectors.mean(axis=0, dtype=np.float64)
+    return mean.astype(np.float32)
+
+
 def centred(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(N, C) less the mean (C,), each of length 1."""
+    """(N, C) float32 less the mean (C,), each of length 1; what is not told from the mean by more than rounding is
+    shorter, down to 0. The same for vectors of any unit.
+    """
+    rounding = 1e-6 * (np.abs(vectors).max(axis=1, keepdims=True, initial=0) + np.abs(mean).max(initial=0))
     vectors = vectors - mean
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)
+    vectors = vectors / np.maximum(np.maximum(largest, rounding), np.finfo(np.float32).tiny)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(length, 1e-6)).astype(np.float32)
+    return (vectors / np.maximum(length, 1)).astype(np.float32)
 
 
 def principal_axes(vectors: np.ndarray, width: int) -> np.ndarray:

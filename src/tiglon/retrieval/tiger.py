@@ -10,7 +10,7 @@ Letters: E events, B rows, L events of a row, S code positions, T targets, K can
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,21 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiglon.data.folders import reading, written_aside
-from tiglon.data.histories import HistoryStore
 from tiglon.errors import ConfigError, DataError, require_counts
-from tiglon.evaluation.protocol import evaluate
 from tiglon.retrieval.beam import beam_search
 from tiglon.retrieval.index import most_alike
+from tiglon.retrieval.learning import learn, sampled
 from tiglon.retrieval.repetition import Returns, shares
 from tiglon.retrieval.retriever import Retriever, item_matrix, require_k
 from tiglon.retrieval.tiger_causal import CausalConfig, CausalTiger
 from tiglon.retrieval.tiger_paper import PaperConfig, PaperTiger
 from tiglon.retrieval.topk import require_dense, require_deny
-from tiglon.retrieval.windows import Batch, WindowBatches, checksum, moments, padded_histories, windows_wanted
+from tiglon.retrieval.windows import Batch, checksum, padded_histories
 from tiglon.semantic_ids.catalog import SemanticIds
 from tiglon.semantic_ids.trie import Trie
-from tiglon.train.loop import Progress, TrainConfig, train
-from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary, user_names
+from tiglon.train.loop import Progress, TrainConfig
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Targets, Vocabulary
 
 FORMAT = 2
 
@@ -119,52 +118,18 @@ class Tiger(Retriever):
         directory: for checkpoints; the same call on the same directory goes on where it stopped.
         Raises DataError where the log numbers items otherwise or holds nothing to learn from.
         """
-        if interactions.items != self.items:
-            raise DataError(
-                "a log whose items are not those of the semantic IDs",
-                fix="Call tiglon.data.events.align(interactions, items) first",
-            )
-        log = HistoryStore.build(interactions)
-        moment = moments(interactions)
-        wanted = (self.ids.alive & self.trained)[log.item]  # what left the catalogue is read, not predicted
-        windows = self.network.windows(log.offsets, moment, self.config.window)
-        user = user_names(interactions.users)[interactions.user]
-        windows = windows_wanted(windows, wanted)
-        if not len(windows):
-            raise DataError("a log without any event to predict", rule="A target has an event before it")
         c = self.config
-        choose = np.random.default_rng(c.train.seed)
-        sample = None
-        if validation is not None and len(validation):
-            rows = np.sort(choose.permutation(len(validation))[: c.validation_users])
-            sample = validation.take(rows)
-
-        def epoch_batches(epoch: int) -> Sequence[Batch]:
-            return WindowBatches(
-                log.item, moment, wanted, user, windows, c.batch_targets, [c.train.seed, epoch]
-            )
-
-        def validate() -> float:
-            assert sample is not None
-            found = evaluate(self, sample, ks=(10,), exclude_seen=False, batch=512)
-            return found.metrics["ndcg@10"]
-
-        self.history = train(
-            self.network,
-            epoch_batches,
-            lambda network, batch: self.loss(batch).sum(dim=1),
-            validate if sample is not None else None,
-            c.train,
-            directory,
-            report,
-            about={
-                "ids": self.ids.version,
-                "vectors": self._digest,
-                "events": checksum(log.item, moment, log.offsets, wanted, user),
-                **{key: value for key, value in asdict(c).items() if key != "train"},
-            },
+        self.history, self.log = learn(
+            self,
+            interactions,
+            sampled(validation, c),
+            lambda offsets, moment: self.network.windows(offsets, moment, c.window),
+            lambda batch: self.loss(batch).sum(dim=1),
+            wanted=self.ids.alive & self.trained,
+            about={"ids": self.ids.version, "vectors": self._digest},
+            directory=directory,
+            report=report,
         )
-        self.log = log
         return self
 
     def loss(self, batch: Batch) -> Tensor:

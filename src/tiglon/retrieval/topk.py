@@ -45,6 +45,18 @@ def top_items(
     return Candidates(item, score.astype(np.float32), source)
 
 
+def each_once(item: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (B, m) in which no item stands twice: its best score stays, MISSING with −inf takes the other places.
+
+    In the order of the items, MISSING anywhere.
+    """
+    order = np.lexsort((-score, item), axis=1)
+    item, score = np.take_along_axis(item, order, axis=1), np.take_along_axis(score, order, axis=1)
+    again = np.zeros(item.shape, bool)
+    again[:, 1:] = item[:, 1:] == item[:, :-1]
+    return np.where(again, MISSING, item), np.where(again, np.float32(-np.inf), score)
+
+
 @lru_cache(maxsize=8)
 def tie_order(n: int, seed: int = 0) -> np.ndarray:
     """(N,) `tie_keys` of items 0 … n − 1, read-only."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tiglon.errors import ConfigError
 from tiglon.nn.interests import disagreement
 from tiglon.nn.transformer import Dropout
-from tiglon.retrieval.prefixes import QUIET, centred, mean_row, principal_axes
+from tiglon.retrieval.prefixes import QUIET, centred, mean_row, mean_vector, principal_axes
 from tiglon.retrieval.repetition import Repetition
 from tiglon.retrieval.softmax import Negatives, catalogue_softmax, sampled_softmax
 from tiglon.retrieval.windows import Batch
@@ -72,7 +72,7 @@ class ItemTower(nn.Module):
             return
         if isinstance(content, int):
             content = np.zeros((items, content), np.float32)
-        mean = content.mean(axis=0)
+        mean = mean_vector(content)
         content = centred(content, mean)
         self.register_buffer("content", torch.from_numpy(content))
         self.register_buffer("mean", torch.from_numpy(mean))

@@ -49,13 +49,15 @@ def balanced_codes(
     vectors = require_vectors(vectors)
     if len(vectors) != len(keys):
         raise DataError(f"{len(vectors)} vectors for {len(keys)} items")
-    vectors = np.ldexp(
-        vectors, -int(np.frexp(np.abs(vectors).max(initial=0))[1])
-    )  # squares must not overflow
     while branches**levels < len(vectors):
         levels += 1
     codes = np.zeros((len(vectors), levels), np.int32)
     groups = [np.argsort(hash_ids(keys), kind="stable")]
+    if len(vectors):
+        mean = vectors[groups[0]].mean(axis=0, dtype=np.float64)
+        vectors = vectors - mean  # what all have in common would hide what sets them apart
+        vectors = np.ldexp(vectors, -np.frexp(np.abs(vectors).max())[1])  # or squares overflow
+        vectors = vectors.astype(np.float32)
     random = np.random.default_rng(seed)
     for level in range(levels):
         below: list[np.ndarray] = []
