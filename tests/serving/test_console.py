@@ -308,6 +308,7 @@ def test_items_have_names_and_lanes_where_the_server_tells_them(page, world_tabl
 
     assert set(names(page)) == {SCRIPT}
     assert page.locator("#column option").first.inner_text() == "category"
+    page.locator("#users option").first.wait_for(state="attached")  # it is asked when typing has paused
     assert page.locator("#users option").count() == 2
     assert page.locator("main img").count() == 0
 
