@@ -6,8 +6,9 @@
 After TIGER §4.3. 5% of the items are held out before everything: text encoder, tokenizer and network never meet
 them, and their events are taken from training, validation and every history. Afterwards they get IDs from
 the frozen tokenizer. Each test user has one list: "unseen" is the recall of those of the next items that were held
-out, of the users who want one; "seen" that of the others. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated
-trie" decodes them like all others. Text neighbours know the new items' texts too; networks of --also learn beside TIGER,
+out, of the users who want one; "seen" that of the others; "had" the share of the first ten that the user had
+before. "rule ε" lets new items enter after an item that shares their codes, at most ⌊ε·K⌋ of K; "updated trie"
+decodes them like all others. Text neighbours know the new items' texts too; networks of --also learn beside TIGER,
 share the minutes with it as in `tiglon train`, and are measured before and after the new items came. Nothing is masked.
 """
 
@@ -34,7 +35,7 @@ from tiglon.retrieval.eager import Eager
 from tiglon.retrieval.neighbours import NeighbourSum, Popularity, TextNeighbours
 from tiglon.retrieval.tiger import Tiger
 from tiglon.serving.bundle import codes_of
-from tiglon.types import Candidates, Histories, Interactions, Items, Targets, Vocabulary
+from tiglon.types import MISSING, Candidates, Histories, Interactions, Items, Targets, Vocabulary
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
 KS = (10, 20)
@@ -114,7 +115,9 @@ def main() -> None:
         Popularity().fit(known, everything),
     ]
     rows = []
-    console.print(f"\n{'':<28} {'recall@10 seen':>15} {'unseen':>8} {'all':>8} {'recall@20 unseen':>18}")
+    console.print(
+        f"\n{'':<28} {'recall@10 seen':>15} {'unseen':>8} {'all':>8} {'recall@20 unseen':>18} {'had':>6}"
+    )
     for retriever in retrievers:
         lists = rank(retriever, histories, max(KS), exclude_seen=False, batch=512)
         name = "TIGER, updated trie" if retriever is tiger else retriever.name
@@ -123,10 +126,15 @@ def main() -> None:
             for k in KS
             for part, truth in parts.items()
         }
+        n = len(everything)
+        first, past = lists[:, :10], np.unique(histories.owner * n + histories.item)
+        row["had@10"] = float(
+            np.isin(np.arange(len(first))[:, None] * n + first, past)[first != MISSING].mean()
+        )
         rows.append({"name": name} | row)
         console.print(
             f"{name:<28} {row['recall@10 seen']:>15.4f} {row['recall@10 unseen']:>8.4f} "
-            f"{row['recall@10 all']:>8.4f} {row['recall@20 unseen']:>18.4f}"
+            f"{row['recall@10 all']:>8.4f} {row['recall@20 unseen']:>18.4f} {row['had@10']:>6.3f}"
         )
     if given.json:
         report = {
